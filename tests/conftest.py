@@ -1,0 +1,22 @@
+"""Environment of every test: CPU, offline, one thread; and the real data folder where there is one."""
+
+import os
+from pathlib import Path
+
+os.environ.setdefault("DS_ACCELERATOR", "cpu")
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+os.environ.setdefault("DEEPSPEED_LOG_LEVEL", "error")
+
+import pytest
+
+REPOSITORY = Path(__file__).resolve().parent.parent
+
+
+@pytest.fixture(scope="session")
+def realdata() -> Path:
+    """Folder with flickr8k, coco and msrvtt samples (CONVCLIP_REALDATA, or ../shared/data)."""
+    folder = Path(os.environ.get("CONVCLIP_REALDATA", REPOSITORY.parent / "shared" / "data"))
+    if not folder.is_dir():
+        pytest.skip(f"no real data at {folder}: set CONVCLIP_REALDATA to run this test")
+    return folder
