@@ -1,0 +1,98 @@
+"""Captions to token ids: open_clip's byte-pair tokenizer, or a Hugging Face tokenizer for GPT-2.
+
+Shapes: B captions, T tokens (the tower's context length).
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from convclip import schema
+
+Tokenizer = Callable[[list[str]], torch.Tensor]
+
+
+def build_tokenizer(tower: schema.TextTower) -> Tokenizer:
+    """A callable `list[str] -> int64 [B, T]` for the text tower; it can be sent to data workers.
+
+    Raises:
+        UserError: the tokenizer cannot be found, or its ids do not fit the tower.
+    """
+    if tower.tokenizer == "open_clip":
+        from open_clip.tokenizer import SimpleTokenizer
+
+        tokenizer = SimpleTokenizer(context_length=tower.context_length)
+        _check_vocabulary(tower, tokenizer.vocab_size)
+        return tokenizer
+    return EndTokenTokenizer(_load_hugging_face(tower), tower.context_length)
+
+
+@dataclass
+class EndTokenTokenizer:
+    """A Hugging Face tokenizer whose rows are caption, one end token, and end tokens as padding.
+
+    GPT-2 has no padding token; the model pools at the first end token, which `argmax` finds because the end token
+    has the highest id.
+    """
+
+    tokenizer: Any
+    context_length: int
+
+    def __call__(self, texts: list[str]) -> torch.Tensor:
+        """int64 [B, T]; longer captions are cut so that the end token stays."""
+        end = self.tokenizer.eos_token_id
+        tokens_BT = torch.full((len(texts), self.context_length), end, dtype=torch.long)
+        if not texts:
+            return tokens_BT
+        cleaned = [" ".join(text.split()) for text in texts]
+        # add_special_tokens=False: some tokenizers' own settings would append an end token of their own.
+        for row, ids in zip(tokens_BT, self.tokenizer(cleaned, add_special_tokens=False).input_ids, strict=True):
+            ids = ids[: self.context_length - 1]
+            row[: len(ids)] = torch.tensor(ids, dtype=torch.long)
+        return tokens_BT
+
+
+def _load_hugging_face(tower: schema.TextTower) -> Any:
+    # Fast tokenizers warn when used after the data workers fork; the workers are the parallelism here.
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    from transformers import AutoTokenizer, GPT2TokenizerFast
+
+    name = tower.tokenizer
+    # Only vocab.json and merges.txt, as GPT-2 was released: nothing in such a folder names the tokenizer's class.
+    bare = os.path.isdir(name) and {"vocab.json", "merges.txt"} <= set(os.listdir(name))
+    loader = GPT2TokenizerFast if bare and "tokenizer.json" not in os.listdir(name) else AutoTokenizer
+    try:
+        tokenizer = loader.from_pretrained(name)
+    except (OSError, ValueError, KeyError, ImportError) as error:
+        if os.path.isdir(name):
+            reason = str(error).strip().splitlines()[0]
+            raise schema.UserError(
+                f"model.text.tokenizer: no tokenizer can be read from folder {name}: {reason}"
+            ) from None
+        raise schema.UserError(
+            f"model.text.tokenizer: {name!r} is no folder, is not in the Hugging Face cache and cannot be downloaded: "
+            "give a folder that holds the tokenizer's files (tokenizer.json, tokenizer_config.json)"
+        ) from None
+    highest = max(tokenizer.get_vocab().values())
+    if tokenizer.eos_token_id != highest:
+        raise schema.UserError(
+            f"model.text.tokenizer: the end token of {name} has id {tokenizer.eos_token_id}, but pooling at the first "
+            f"end token needs it to be the highest id ({highest})"
+        )
+    _check_vocabulary(tower, highest + 1)
+    # Cutting to the context length is ours; without this, transformers warns about every long caption.
+    tokenizer.model_max_length = int(1e9)
+    return tokenizer
+
+
+def _check_vocabulary(tower: schema.TextTower, size: int) -> None:
+    if size > tower.vocab_size:
+        raise schema.UserError(
+            f"model.text.vocab_size is {tower.vocab_size}, but tokenizer {tower.tokenizer} has {size} ids: "
+            f"set model.text.vocab_size to at least {size}"
+        )

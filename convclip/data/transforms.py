@@ -1,0 +1,105 @@
+"""Picture to uint8 tensor on the CPU, and uint8 to normalised float on the device.
+
+Shapes: B batch, C channels (3), S side of the square result, H.W the picture as stored.
+The steps are open_clip's (`open_clip.transform.image_transform`): crop and resize first, RGB conversion last.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from PIL import Image
+
+CROP_RATIO = (3 / 4, 4 / 3)
+CROP_ATTEMPTS = 10
+
+
+@dataclass(frozen=True)
+class TrainTransform:
+    """Random resized crop, bicubic: `transform(image, generator) -> uint8 [C, S, S]`.
+
+    The crop box comes from `generator` alone, so that a row's crop depends on nothing but the row.
+    """
+
+    size: int
+    crop_scale: tuple[float, float] = (0.9, 1.0)
+
+    def __call__(self, image: Image.Image, generator: np.random.Generator) -> torch.Tensor:
+        left, top, width, height = random_crop_box(image.size, self.crop_scale, generator)
+        image = image.crop((left, top, left + width, top + height))
+        return _to_tensor(image.resize((self.size, self.size), Image.Resampling.BICUBIC))
+
+
+@dataclass(frozen=True)
+class EvalTransform:
+    """Shorter side to S (bicubic), then centre crop: `transform(image) -> uint8 [C, S, S]`.
+
+    `generator` is accepted and unused: either transform can be given to a loader.
+    """
+
+    size: int
+
+    def __call__(self, image: Image.Image, generator: np.random.Generator | None = None) -> torch.Tensor:
+        width, height = image.size
+        # int(), not round(): torchvision's rule for the longer side.
+        if width <= height:
+            resized = (self.size, int(self.size * height / width))
+        else:
+            resized = (int(self.size * width / height), self.size)
+        if resized != image.size:
+            image = image.resize(resized, Image.Resampling.BICUBIC)
+        left = round((resized[0] - self.size) / 2)
+        top = round((resized[1] - self.size) / 2)
+        return _to_tensor(image.crop((left, top, left + self.size, top + self.size)))
+
+
+def random_crop_box(
+    size: tuple[int, int], scale: tuple[float, float], generator: np.random.Generator
+) -> tuple[int, int, int, int]:
+    """(left, top, width, height) in pixels of a picture of `size` (width, height).
+
+    The distribution is torchvision's `RandomResizedCrop.get_params`: area share uniform in `scale`, aspect ratio
+    log-uniform in 3/4..4/3, ten attempts, then the largest centred box of an allowed ratio.
+    """
+    width, height = size
+    low, high = math.log(CROP_RATIO[0]), math.log(CROP_RATIO[1])
+    for _ in range(CROP_ATTEMPTS):
+        area = width * height * generator.uniform(*scale)
+        ratio = math.exp(generator.uniform(low, high))
+        crop_width = round(math.sqrt(area * ratio))
+        crop_height = round(math.sqrt(area / ratio))
+        if 0 < crop_width <= width and 0 < crop_height <= height:
+            top = int(generator.integers(0, height - crop_height + 1))
+            left = int(generator.integers(0, width - crop_width + 1))
+            return left, top, crop_width, crop_height
+    crop_width, crop_height = width, height
+    if width / height < CROP_RATIO[0]:
+        crop_height = max(1, round(width / CROP_RATIO[0]))
+    elif width / height > CROP_RATIO[1]:
+        crop_width = max(1, round(height * CROP_RATIO[1]))
+    return (width - crop_width) // 2, (height - crop_height) // 2, crop_width, crop_height
+
+
+def normalize(
+    images: torch.Tensor,
+    mean: tuple[float, float, float],
+    std: tuple[float, float, float],
+    dtype: torch.dtype = torch.float32,
+) -> torch.Tensor:
+    """uint8 [B, C, S, S] (0..255) to `dtype` [B, C, S, S] = (x / 255 - mean) / std, on the images' device.
+
+    Computed in float32 in the order of ToTensor and Normalize, so that the result equals open_clip's bit for bit.
+    """
+    shape = (-1, 1, 1)
+    mean_C11 = torch.tensor(mean, dtype=torch.float32, device=images.device).view(shape)
+    std_C11 = torch.tensor(std, dtype=torch.float32, device=images.device).view(shape)
+    return images.to(torch.float32).div_(255).sub_(mean_C11).div_(std_C11).to(dtype)
+
+
+def _to_tensor(image: Image.Image) -> torch.Tensor:
+    """A picture of any mode as contiguous uint8 [C, H, W]."""
+    pixels = np.array(image if image.mode == "RGB" else image.convert("RGB"))
+    return torch.from_numpy(pixels).permute(2, 0, 1).contiguous()
