@@ -103,7 +103,7 @@ def _apply_override(values: dict[str, Any], override: str) -> None:
 
 
 def _list_item(items: list[Any], index: str, override: str) -> Any:
-    if not index.isdigit() or int(index) >= len(items):
+    if not index.isdecimal() or int(index) >= len(items):
         raise UserError(f"--set {override}: {index} is not an index of a list of {len(items)}")
     return items[int(index)]
 
@@ -111,7 +111,7 @@ def _list_item(items: list[Any], index: str, override: str) -> Any:
 def _first_problem(error: ValidationError) -> str:
     """The first validation problem as one line, with the nearest known key for an unknown one."""
     problem = error.errors()[0]
-    place = [str(part) for part in problem["loc"]]
+    place = [str(part) for part in problem["loc"] if part != "[key]"]
     key = ".".join(place) or "recipe"
     if problem["type"] == "extra_forbidden":
         return f"unknown key {key}{_nearest(place[-1], _known_keys(problem['loc'][:-1]))}"

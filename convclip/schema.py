@@ -6,7 +6,7 @@ The schema holds the defaults, so a recipe states only what makes its experiment
 from __future__ import annotations
 
 import math
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, model_validator
@@ -16,10 +16,15 @@ class UserError(Exception):
     """A mistake of the user's: launch and tool scripts print its one line and exit with code 2."""
 
 
+Positive = Annotated[float, Field(gt=0)]
+Decay = Annotated[float, Field(ge=0, lt=1)]
+Part = Literal["image", "text", "temporal", "aggregation", "logit_scale"]
+
+
 class Section(BaseModel):
     """A part of a recipe: unknown keys are refused and values cannot change after loading."""
 
-    model_config = ConfigDict(extra="forbid", frozen=True, populate_by_name=True)
+    model_config = ConfigDict(extra="forbid", frozen=True, populate_by_name=True, allow_inf_nan=False)
 
 
 class ImageTower(Section):
@@ -38,7 +43,7 @@ class ImageTower(Section):
     # A weight file (.safetensors, .bin, .pt), `timm` for the backbone's released weights, or `hf-hub:owner/name`.
     pretrained: str | None = None
     mean: tuple[float, float, float] = (0.48145466, 0.4578275, 0.40821073)
-    std: tuple[float, float, float] = (0.26862954, 0.26130258, 0.27577711)
+    std: tuple[Positive, Positive, Positive] = (0.26862954, 0.26130258, 0.27577711)
 
 
 class TextTower(Section):
@@ -103,6 +108,13 @@ class Data(Section):
     # Shards behind a URL are kept here after the first read.
     cache_folder: str | None = None
 
+    @model_validator(mode="after")
+    def _crop_is_a_range(self) -> Data:
+        low, high = self.crop_scale
+        if not 0 < low <= high <= 1:
+            raise ValueError(f"crop_scale {[low, high]} is not a range of area shares: 0 < low <= high <= 1")
+        return self
+
 
 class Batch(Section):
     """Batch arithmetic: micro batch x accumulation x world = global batch.
@@ -118,7 +130,9 @@ class Batch(Section):
     @model_validator(mode="after")
     def _one_way(self) -> Batch:
         if self.micro is not None and self.accumulation != 1:
-            raise ValueError("micro (one loss over chunks) and accumulation (a loss per micro batch) exclude each other")
+            raise ValueError(
+                "micro (one loss over chunks) and accumulation (a loss per micro batch) exclude each other"
+            )
         return self
 
     def per_rank(self, world: int) -> tuple[int, int]:
@@ -128,7 +142,9 @@ class Batch(Section):
         count = per_step // micro
         if micro * count * world != self.global_ or (self.micro is None and count != self.accumulation):
             split = f"micro {self.micro}" if self.micro else f"accumulation {self.accumulation}"
-            raise UserError(f"batch.global {self.global_} is not divisible by {split} x world {world}: change one of them")
+            raise UserError(
+                f"batch.global {self.global_} is not divisible by {split} x world {world}: change one of them"
+            )
         return micro, count
 
 
@@ -136,7 +152,7 @@ class Optim(Section):
     """AdamW and its schedule: linear warm-up counted in steps, then cosine to zero."""
 
     lr: float = Field(5e-4, gt=0)
-    betas: tuple[float, float] = (0.9, 0.98)
+    betas: tuple[Decay, Decay] = (0.9, 0.98)
     eps: float = Field(1e-6, gt=0)
     weight_decay: float = Field(0.2, ge=0)
     warmup_steps: int = Field(0, ge=0)
@@ -144,15 +160,15 @@ class Optim(Section):
     warmup_share: float = Field(0.0, ge=0, lt=1)
     clip_grad_norm: float | None = Field(None, gt=0)
     max_logit_scale: float = math.log(100)
-    # lr of a part of the model as a multiple of `lr`: image, text, temporal, aggregation, logit_scale.
-    part_lr_scale: dict[str, float] = {}
+    # lr of a part of the model as a multiple of `lr`.
+    part_lr_scale: dict[Part, Positive] = {}
     # lr follows the global batch: multiplied by (global / reference_batch), or its square root.
     scale_lr_with_batch: Literal["none", "linear", "sqrt"] = "none"
     reference_batch: int = Field(384, gt=0)
 
 
 class Unfreeze(Section):
-    """One unfreeze event: at the start of `epoch` (or before `step`), the last n groups / layers, or all, of a tower."""
+    """One unfreeze event: before `step` or the first of `epoch`, the last n groups or layers, or all, of a tower."""
 
     tower: Literal["image", "text"]
     epoch: int | None = Field(None, ge=0)
