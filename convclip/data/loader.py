@@ -108,10 +108,10 @@ class TrainLoader:
             )
         self.seen = 0
         self.broken = 0
-        self._plan: list[Rows] = []
+        self._plan = _Plan()
         self._loader = DataLoader(
             MicroBatches(self.source, data, transform, tokenizer, seed),
-            sampler=_Plan(self),
+            sampler=self._plan,
             batch_size=None,
             num_workers=data.workers,
             persistent_workers=data.workers > 0,
@@ -139,7 +139,7 @@ class TrainLoader:
             self.source.counts, self.source.shard, self.data.captions, self.data.shuffle_shards, self.seed, epoch
         )
         steps = range(start_step * self.micro_per_step, self.steps_per_epoch * self.micro_per_step)
-        self._plan = [self._rows(order, epoch, index) for index in steps]
+        self._plan.batches = [self._rows(order, epoch, index) for index in steps]
         with plain_worker_errors():
             for batch in self._loader:
                 self._count(batch)
@@ -166,16 +166,20 @@ class TrainLoader:
 
 
 class _Plan:
-    """The sampler: hands the loader's present plan to the DataLoader, whose workers outlive an epoch."""
+    """The sampler: holds the batches of the present epoch for the DataLoader, whose workers outlive an epoch.
 
-    def __init__(self, loader: TrainLoader):
-        self._loader = loader
+    It does not hold the TrainLoader: in a reference cycle, worker processes would be shut down by the garbage
+    collector, whose order leaves them waiting for seconds.
+    """
+
+    def __init__(self) -> None:
+        self.batches: list[Rows] = []
 
     def __iter__(self) -> Iterator[Rows]:
-        return iter(self._loader._plan)
+        return iter(self.batches)
 
     def __len__(self) -> int:
-        return len(self._loader._plan)
+        return len(self.batches)
 
 
 class MicroBatches(Dataset):
