@@ -141,24 +141,21 @@ class TrainLoader:
         steps = range(start_step * self.micro_per_step, self.steps_per_epoch * self.micro_per_step)
         self._plan.batches = [self._rows(order, epoch, index) for index in steps]
         with plain_worker_errors():
-            for batch in self._loader:
-                self._count(batch)
+            for number, batch in enumerate(self._loader, start=1):
+                # Before the last batch is handed out: who takes no more than he needs never comes back after it.
+                self._count(batch, is_last=number == len(self._plan))
                 yield batch
-        self._stop_if_too_many_broken()
 
     def _rows(self, order: EpochOrder, epoch: int, index: int) -> Rows:
         rows = micro_batch(len(order), index, self.micro, self.rank, self.world)
         return Rows(epoch, np.arange(rows.start, rows.stop), order.image[rows], order.caption[rows])
 
-    def _count(self, batch: dict) -> None:
+    def _count(self, batch: dict, is_last: bool) -> None:
         self.seen += len(batch["image"])
         self.broken += len(batch["broken"])
-        if self.seen >= SAMPLES_BEFORE_STOP:
-            self._stop_if_too_many_broken(batch["broken"])
-
-    def _stop_if_too_many_broken(self, last: list[str] | None = None) -> None:
-        if self.broken > self.data.max_broken_share * self.seen:
-            example = f", the last is {last[-1]}" if last else ""
+        enough = self.seen >= SAMPLES_BEFORE_STOP or is_last
+        if enough and self.broken > self.data.max_broken_share * self.seen:
+            example = f", the last is {batch['broken'][-1]}" if batch["broken"] else ""
             raise UserError(
                 f"{self.broken} of {self.seen} samples of {self.data.train} are broken{example}: more than "
                 f"data.max_broken_share {self.data.max_broken_share} allows"
