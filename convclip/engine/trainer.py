@@ -32,7 +32,6 @@ from convclip.engine.meters import RunLog, StepClock, clock, logger, memory_gib
 from convclip.engine.objective import Objective
 from convclip.engine.parameter_groups import training_stages
 from convclip.engine.rebuild import build_engine, rebuild_engine
-from convclip.engine.run_folder import check_same_engine
 from convclip.engine.schedule import group_warmup, lr_at, peak_lr, warmup_steps
 from convclip.engine.shards import clamp_parameter, optimizer_shards
 from convclip.evaluation.embedding import evaluate
@@ -256,7 +255,6 @@ class Trainer:
     def _start_engine(self, model: nn.Module, checkpoint: Path | None) -> None:
         """Build the engine for stage 0, or for the checkpoint's stage, and restore it."""
         if checkpoint is not None:
-            check_same_engine(checkpoint, world_size(), zero_stage(self.ds_config), str(self.dtype))
             state = read_state(checkpoint)
             load_weights(model, checkpoint)
             self.step, self.stage, self.best = state.step, state.stage, state.best
