@@ -42,7 +42,9 @@ def open_run_folder(folder: Path, recipe: Recipe, ds_config: dict[str, Any], res
     elif resume not in ("auto", "never"):
         checkpoint = Path(resume)
     if checkpoint is None and (folder / "latest").is_file():
-        raise UserError(f"--output_dir {folder} holds another run: add --resume auto to go on with it, or name a new folder")
+        raise UserError(
+            f"--output_dir {folder} holds another run: add --resume auto to go on with it, or name a new folder"
+        )
     if checkpoint is not None:
         _refuse_other_engine(checkpoint, world_size(), zero_stage(ds_config), str(precision(ds_config)))
         _refuse_other_recipe(checkpoint.parent.parent / "recipe.yaml", recipe)
@@ -97,5 +99,7 @@ def _flatten(values: Any, prefix: str = "") -> dict[str, Any]:
 def _drop_after(path: Path, step: int) -> None:
     """Keep only the lines up to `step`: a resumed run writes the later ones again."""
     if path.is_file():
-        lines = [line for line in path.read_text().splitlines() if line.endswith("}") and json.loads(line)["step"] <= step]
+        lines = [
+            line for line in path.read_text().splitlines() if line.endswith("}") and json.loads(line)["step"] <= step
+        ]
         write_text(path, "".join(line + "\n" for line in lines))

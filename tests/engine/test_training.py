@@ -41,7 +41,10 @@ def test_two_ranks_under_the_deepspeed_launcher(launched):
     metrics = rows(output / "metrics.jsonl")
     steps = [row for row in metrics if "event" not in row]
     assert [row["step"] for row in steps] == list(range(1, 25))
-    assert all({"loss", "lr", "logit_scale", "grad_norm", "samples_per_s", "data_share", "memory_gib"} <= row.keys() for row in steps)
+    assert all(
+        {"loss", "lr", "logit_scale", "grad_norm", "samples_per_s", "data_share", "memory_gib"} <= row.keys()
+        for row in steps
+    )
     events = [row for row in metrics if row.get("event") == "unfreeze"]
     assert [(row["step"], row["tower"], row["opened"]) for row in events] == [
         (6, "text", "last 1 layers"),
