@@ -1,22 +1,28 @@
-"""A training run from its recipe: seed, build the parts, fit."""
+"""A run from its recipe: seed, build the parts, fit; and the evaluation of a finished one."""
 
 from __future__ import annotations
 
+import json
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 from deepspeed.accelerator import get_accelerator
 
+from convclip.config import load_recipe
 from convclip.data.evaluation_set import load_evaluation_set
 from convclip.data.loader import TrainLoader
 from convclip.data.tokenizers import build_tokenizer
 from convclip.data.transforms import EvalTransform, TrainTransform
-from convclip.distributed import rank, world_size
+from convclip.distributed import is_main, rank, world_size
+from convclip.engine.checkpoint import checkpoint_path, load_weights, read_state, write_text
 from convclip.engine.ds_config import load_ds_config, resolve_ds_config
 from convclip.engine.meters import logger
 from convclip.engine.run_folder import open_run_folder
 from convclip.engine.trainer import Trainer
+from convclip.evaluation.embedding import evaluate
+from convclip.evaluation.report import format_table
 from convclip.models import build_model
 from convclip.models.weights import load_pretrained
 from convclip.schema import Recipe, UserError
@@ -56,3 +62,34 @@ def train_recipe(recipe: Recipe, ds_config: str | Path, folder: Path, resume: st
         logger.info(f"newly initialised: {', '.join(report.new[:6])}{' …' if len(report.new) > 6 else ''}")
     logger.info(loader.describe())
     return trainer.fit()
+
+
+PRECISIONS = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+
+
+def evaluate_checkpoint(
+    place: Path, data: str, folder: Path, precision: str = "fp32", overrides: Sequence[str] = ()
+) -> dict[str, Any]:
+    """Figures of a run's best checkpoint (or the one that `place` is) on `data`, printed and written to eval.jsonl.
+
+    Any ZeRO stage and world size may have trained it. Errors: UserError names what is missing or damaged.
+    """
+    path = checkpoint_path(place)
+    recipe = load_recipe(path.parent.parent / "recipe.yaml", overrides)
+    model = build_model(recipe.model)
+    load_weights(model, path)
+    device = torch.device(get_accelerator().current_device_name())
+    model = model.to(device, PRECISIONS[precision]).eval()
+    transform = EvalTransform(recipe.model.image.image_size)
+    dataset = load_evaluation_set(data, recipe.data, transform, build_tokenizer(recipe.model.text))
+    batch, workers = recipe.evaluation.batch, recipe.data.workers
+    figures = evaluate(model, dataset, recipe.model.image, device, PRECISIONS[precision], batch, workers)
+    if is_main():
+        print(format_table(figures))
+        row = {"checkpoint": str(path), "data": data, "precision": precision, "step": read_state(path).step, **figures}
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+            write_text(folder / "eval.jsonl", json.dumps(row) + "\n")
+        except OSError as error:
+            raise UserError(f"--output_dir {folder} cannot be written: {error}") from None
+    return figures
