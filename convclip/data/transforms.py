@@ -12,6 +12,7 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 from PIL import Image
+from torch.utils.data import default_collate
 
 CROP_RATIO = (3 / 4, 4 / 3)
 CROP_ATTEMPTS = 10
@@ -91,7 +92,8 @@ def stack_images(images: list[torch.Tensor]) -> torch.Tensor:
     Bringing the channels to the front costs a data worker a tenth of a millisecond per picture and the device
     nothing, so `normalize` does it.
     """
-    return torch.stack([image.permute(1, 2, 0) for image in images]).permute(0, 3, 1, 2)
+    # default_collate stacks right into shared memory when it runs in a data worker.
+    return default_collate([image.permute(1, 2, 0) for image in images]).permute(0, 3, 1, 2)
 
 
 def normalize(
