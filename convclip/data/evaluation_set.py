@@ -16,6 +16,7 @@ from convclip.data.loader import Transform, open_source, plain_worker_errors
 from convclip.data.samples import BrokenSample, Captions, SampleSource, check_image, decode_image
 from convclip.data.tokenizers import Tokenizer
 from convclip.data.transforms import stack_images
+from convclip.distributed import is_main
 from convclip.schema import Data, UserError
 
 # Index of a row that only fills a batch.
@@ -72,7 +73,8 @@ def load_evaluation_set(address: str, data: Data, transform: Transform, tokenize
     broken: list[str] = []
     images, image_ids, captions, caption_ids, image_of_text = [], [], [], [], []
     checks = _checks(source, data)
-    for image, (found, problems) in enumerate(tqdm(checks, f"checking {address}", total, unit="image", delay=2)):
+    progress = tqdm(checks, f"checking {address}", total, unit="image", delay=2, disable=not is_main())
+    for image, (found, problems) in enumerate(progress):
         broken.extend(problems)
         if found is None:
             continue
