@@ -8,10 +8,10 @@ from functools import partial
 import pytest
 import webdataset
 
+from convclip.data import shard_writer
 from convclip.data.coco import CocoImage
 from convclip.data.samples import BrokenSample
 from convclip.data.shard_table import ShardTable
-from convclip.data.shard_writer import image_members, write_shards
 from convclip.schema import Data, UserError
 from tests.data.makers import caption, jpeg, noise_jpeg, picture, sample, write_index, write_shards, write_tar
 
@@ -45,8 +45,8 @@ def test_what_our_writer_wrote(tmp_path, data):
         captions = tuple(caption(number, k) for k in range(1 + number))
         images.append(CocoImage(7 * number, f"{number}.jpg", captions, tuple(range(9, 10 + number))))
         (tmp_path / f"{number}.jpg").write_bytes(noise_jpeg(number))
-    members = partial(image_members, folder=tmp_path)
-    write_shards(images, members, tmp_path / "out", "train", {}, samples_per_shard=2)
+    members = partial(shard_writer.image_members, folder=tmp_path)
+    shard_writer.write_shards(images, members, tmp_path / "out", "train", {}, samples_per_shard=2)
     table = ShardTable(str(tmp_path / "out" / "train-{000000..000002}.tar"), data)
     assert table.shards[0].ncaptions == tuple(table.counts[:2])
     read = {table.read_captions(number).image_id: number for number in range(5)}
