@@ -11,7 +11,7 @@ from tqdm import tqdm
 
 from convclip.data.evaluation_set import PADDING, EvaluationSet
 from convclip.data.transforms import normalize
-from convclip.distributed import gather, is_main, rank, world_size
+from convclip.distributed import gather, gather_objects, is_main, rank, world_size
 from convclip.evaluation.retrieval import clip_validation_loss, rowwise_recall, standard_recall
 from convclip.schema import ImageTower
 
@@ -61,14 +61,21 @@ def evaluate(
     batch: int = 128,
     workers: int = 0,
 ) -> dict[str, Any]:
-    """Figures of both protocols: {"standard", "rowwise", "val_loss", "images", "texts"}; the same on every rank."""
+    """Figures of both protocols: {"standard", "rowwise", "val_loss", "images", "texts"}; the same on every rank.
+
+    The validation loss takes the captions in the set's order, `batch` at a time.
+    """
     images, texts, scale = embed(encode, dataset, image_tower, device, dtype, batch, workers)
-    image_of_text = dataset.image_of_text.to(images.device)
-    rows = images[image_of_text]
+    figures = _figures(images, texts, scale, dataset.image_of_text.to(images.device), batch) if is_main() else None
+    # Scored once: ranks that share a machine's cores would only slow one another down.
+    return gather_objects(figures)[0]
+
+
+def _figures(images: Tensor, texts: Tensor, scale: Tensor, image_of_text: Tensor, batch: int) -> dict[str, Any]:
     return {
         "standard": standard_recall(images, texts, image_of_text),
-        "rowwise": rowwise_recall(rows, texts),
-        "val_loss": clip_validation_loss(rows, texts, scale, batch),
+        "rowwise": rowwise_recall(images, texts, image_of_text=image_of_text),
+        "val_loss": clip_validation_loss(images[image_of_text], texts, scale, batch),
         "images": len(images),
         "texts": len(texts),
     }
@@ -79,7 +86,7 @@ def _embed_rows(
 ) -> Tensor:
     """Rows of all ranks in the data set's order [count, D]."""
     numbers, features = [], []
-    for indices, inputs in tqdm(batches, desc=what, disable=not is_main(), leave=False):
+    for indices, inputs in tqdm(batches, desc=what, disable=not is_main(), leave=False, delay=2):
         features.append(embed_batch(inputs).float())
         numbers.append(indices.to(features[-1].device))
     places, rows = gather(torch.cat(numbers)), gather(torch.cat(features))

@@ -16,6 +16,7 @@ from collections.abc import Sequence
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from tqdm import tqdm
 
 KS = (1, 5, 10)
 # Scores held at a time: 2**22 floats are 16 MiB, which a CPU's cache still holds.
@@ -116,7 +117,8 @@ def _ranks(
     """
     ranks = torch.empty_like(query_of_row)
     columns = torch.arange(len(answer_of_column), device=queries.device)
-    for rows in query_of_row.argsort(stable=True).split(max(1, BLOCK_SCORES // len(columns))):
+    blocks = query_of_row.argsort(stable=True).split(max(1, BLOCK_SCORES // len(columns)))
+    for rows in tqdm(blocks, "scoring", leave=False, delay=2):
         # Rows of one query stand together, so that its scores are computed once.
         of_block, query_of_block = torch.unique(query_of_row[rows], return_inverse=True)
         scores = queries[of_block] @ answers.T
