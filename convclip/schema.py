@@ -253,7 +253,7 @@ class Recipe(Section):
 
     name: str
     description: str = ""
-    seed: int = 0
+    seed: int = Field(0, ge=0)
     epochs: int = Field(gt=0)
     # Stop after this many steps; the schedule then ends there too.
     max_steps: int | None = Field(None, gt=0)
