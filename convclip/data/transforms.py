@@ -16,6 +16,8 @@ from torch.utils.data import default_collate
 
 CROP_RATIO = (3 / 4, 4 / 3)
 CROP_ATTEMPTS = 10
+# The random stream of views; apart from those of convclip.data.order and loader.
+VIEW = 4
 
 
 @dataclass(frozen=True)
@@ -55,6 +57,32 @@ class EvalTransform:
         left = round((resized[0] - self.size) / 2)
         top = round((resized[1] - self.size) / 2)
         return _to_tensor(image.crop((left, top, left + self.size, top + self.size)))
+
+
+@dataclass(frozen=True)
+class Views:
+    """A fixed number of views of each image, for work that is done once and stored.
+
+    View v of an image is drawn from (seed, v, image id); a single view is the evaluation transform. Epoch e trains on
+    view e mod `count`.
+    """
+
+    count: int
+    seed: int
+    train: TrainTransform
+    evaluation: EvalTransform
+
+    def __call__(self, image: Image.Image, image_id: int, view: int) -> torch.Tensor:
+        """uint8 [C, S, S]."""
+        if self.count == 1:
+            return self.evaluation(image)
+        return self.train(image, np.random.default_rng((self.seed, VIEW, view, image_id % 2**63)))
+
+    def describe(self) -> str:
+        """What makes these views, for the store's identity."""
+        if self.count == 1:
+            return f"{self.evaluation}"
+        return f"{self.train}, {self.count} views, seed {self.seed}"
 
 
 def random_crop_box(
