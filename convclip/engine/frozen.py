@@ -94,10 +94,10 @@ def store_identity(
     without_files = {"pretrained": True, "image": {"pretrained"}, "text": {"pretrained"}}
     identity: dict[str, Any] = {
         "model": recipe.model.model_dump_json(exclude=without_files),
-        "weights_sha256": state_dict_sha256(weights),
         "boundary": work.boundary,
         "text": work.text,
         "precision": PRECISION_NAMES[dtype],
+        "weights_sha256": state_dict_sha256(weights),
         "transform": views.describe(),
         "tokenizer": recipe.model.text.tokenizer,
         "captions_sha256": captions,
