@@ -83,7 +83,8 @@ class FeatureGradients:
 
     def finish(self) -> tuple[Tensor, Tensor | None, Tensor]:
         """(rows, columns, scale). The sums so far lack the scale; times the rows they are the scale's gradient."""
-        scale = torch.linalg.vecdot(self.rows, self.tiles.rows).sum()
+        # A product and a sum would hold another [B, D].
+        scale = torch.einsum("bd,bd->b", self.rows, self.tiles.rows).sum()
         columns = None if self.columns is None else self.columns.mul_(self.tiles.scale)
         return self.rows.mul_(self.tiles.scale), columns, scale
 
