@@ -3,6 +3,10 @@
 from __future__ import annotations
 
 import json
+import multiprocessing
+import runpy
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +14,7 @@ import open_clip
 import torch
 from safetensors.torch import save_file
 
+from tests.conftest import REPOSITORY
 from tests.engine.small_run import make_files
 
 # Both towers opened in steps: the image tower's first trained layer moves, the text tower ends being stored.
@@ -76,7 +81,6 @@ def make_recipe(files: Path, **values: Any) -> Any:
 def train(files: Path, output: Path, config: str = "zero2_fp32", **values: Any) -> list[dict[str, Any]]:
     """Train in this process group; the rows of metrics.jsonl."""
     from convclip.engine.run import train_recipe
-    from tests.conftest import REPOSITORY
 
     train_recipe(make_recipe(files, **values), REPOSITORY / "ds_configs" / f"{config}.json", output)
     return metrics(output)
@@ -86,3 +90,21 @@ def metrics(output: Path) -> list[dict[str, Any]]:
     """Rows of metrics.jsonl (written by the main rank)."""
     torch.distributed.barrier()
     return [json.loads(line) for line in (output / "metrics.jsonl").read_text().splitlines()]
+
+
+def call_script(folder: Path, script: str, *given: str) -> subprocess.CompletedProcess:
+    """Run a script as its own process, forked so that torch and deepspeed need not be imported again."""
+    import convclip.engine.run  # noqa: F401  (for all forks)
+
+    process = multiprocessing.get_context("fork").Process(target=_script, args=(folder, script, given))
+    process.start()
+    process.join(300)
+    process.kill()
+    said = [(folder / name).read_text() for name in ("stdout", "stderr")]
+    return subprocess.CompletedProcess([script, *given], process.exitcode, *said)
+
+
+def _script(folder: Path, script: str, given: tuple[str, ...]) -> None:
+    sys.stdout, sys.stderr = ((folder / name).open("w", buffering=1) for name in ("stdout", "stderr"))
+    sys.argv = [script, *given]
+    runpy.run_path(str(REPOSITORY / script), run_name="__main__")

@@ -11,9 +11,9 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from convclip.schema import UserError
-from tests.engine.frozen_run import EVENTS, OPEN_ALL, make_frozen_files, make_recipe, overrides, train
+from tests.engine.frozen_run import EVENTS, OPEN_ALL, call_script, make_frozen_files, make_recipe, overrides, train
 from tests.engine.small_engine import run_ranks
-from tests.engine.small_run import arguments, train_alone
+from tests.engine.small_run import arguments
 
 pytestmark = pytest.mark.launch
 
@@ -249,7 +249,7 @@ def test_the_command_line_says_so_in_one_line(runs, files, tmp_path):
         (damaged, [], [str(damaged), "is damaged: its checksum differs"]),
     ]:
         given = [*more, "--set", f"features={path}", *change]
-        done = train_alone(*arguments(files, tmp_path / f"run{len(change)}", *given))
+        done = call_script(tmp_path, "launch/train.py", *arguments(files, tmp_path / f"run{len(change)}", *given))
         assert done.returncode == 2, done.stdout + done.stderr
         assert "Traceback" not in done.stderr
         last = done.stderr.strip().splitlines()[-1]
