@@ -131,7 +131,11 @@ class FeatureWriter:
         if not all(done.all() for done in self._done_in(parts).values()):
             return False
         with self._disk_errors():
-            self._join(parts)
+            try:
+                self._join(parts)
+            except FileNotFoundError:  # Another rank finished at the same time, joined the parts and cleaned up.
+                if not self.path.exists():
+                    raise
             for leftover in self.path.parent.glob(glob.escape(self.path.name) + ".rank-*.new"):
                 leftover.unlink(missing_ok=True)
         return True
@@ -151,13 +155,13 @@ class FeatureWriter:
     def _existing(self) -> list[Layout]:
         """The finished store alone if it is there, else the parts of all ranks, of this and of earlier runs."""
         pattern = re.compile(re.escape(self.path.name) + r"\.rank-\d+-of-\d+(\.part)?")
-        files = sorted(file for file in self.path.parent.iterdir() if pattern.fullmatch(file.name))
+        files = sorted(file for file in self.path.parent.iterdir() if pattern.fullmatch(file.name) and file.exists())
         layouts = []
         for file in [self.path] if self.path.exists() else files:
             try:
                 layout = feature_format.read_layout(file)
-            except FileNotFoundError:  # Another rank, the last to finish, has just given the part its final name.
-                layout = feature_format.read_layout(file.with_name(file.name.removesuffix(".part")))
+            except FileNotFoundError:  # The last rank has just finished: look at what it made of the parts.
+                return self._existing()
             for found, wanted in ((layout.identity, self.identity), (layout.arrays, self.arrays)):
                 feature_format.check_identity(layout.path, found, wanted)
                 for key in found.keys() - wanted.keys():

@@ -105,21 +105,28 @@ def test_killed_20_times_at_random_moments(tmp_path: Path, uninterrupted: Path) 
     assert filecmp.cmp(path, uninterrupted, shallow=False)
 
 
-def test_two_ranks_at_once(tmp_path: Path) -> None:
+@pytest.mark.parametrize("world", [2, 2, 3, 5])
+def test_ranks_at_once(tmp_path: Path, world: int) -> None:
     path = tmp_path / "features.h5"
     fork = multiprocessing.get_context("fork")
-    ranks = [fork.Process(target=extract, args=(path, rank, 2)) for rank in range(2)]
+    start = fork.Barrier(world)
+
+    def rank_of(rank: int) -> None:
+        writer = FeatureWriter(path, ARRAYS, IDENTITY, ITEMS, rank, world)
+        for kind in ITEMS:
+            ids = writer.missing(kind)
+            writer.write(ids, {name: features(name, ids) for name, spec in ARRAYS.items() if spec.item_kind == kind})
+        start.wait()  # So that all join the parts at the same time.
+        writer.finish()
+
+    ranks = [fork.Process(target=rank_of, args=(rank,)) for rank in range(world)]
     for process in ranks:
         process.start()
     for process in ranks:
         process.join()
         assert process.exitcode == 0
     assert_whole(path)
-    assert sorted(file.name for file in tmp_path.iterdir()) == [
-        "features.h5",
-        "features.h5.rank-00000-of-00002",
-        "features.h5.rank-00001-of-00002",
-    ]
+    assert len(list(tmp_path.iterdir())) == world + 1
 
 
 @pytest.mark.parametrize("worlds", [(1, 2), (2, 1), (3, 2, 3), (1, 3, 1), (2, 25)])
@@ -194,6 +201,13 @@ def test_a_full_disk_is_one_line_and_the_run_goes_on(tmp_path: Path, monkeypatch
     assert run_ranks(path, 1, log)
     assert len(computed(log)) - first_run == TOTAL - before
     assert_whole(path)
+
+
+def test_writes_the_system_cuts_short_go_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    write = os.pwrite
+    monkeypatch.setattr(os, "pwrite", lambda file, data, offset: write(file, data[:1000], offset))
+    assert extract(tmp_path / "features.h5")
+    assert_whole(tmp_path / "features.h5")
 
 
 def test_too_little_room_is_said_before_anything_is_computed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
