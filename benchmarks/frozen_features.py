@@ -159,7 +159,16 @@ def measure_open_clip(python: str, folder: Path, batch: int, steps: int) -> floa
     options |= {"lr": 5e-4, "warmup": 0, "log-every-n-steps": 1, "logs": "none", "distill-model": TEACHER}
     options |= {"distill-pretrained": folder / "teacher.pt"}
     flags = [part for key, value in options.items() for part in (f"--{key}", str(value))]
-    command = [python, "-c", OPEN_CLIP, str(model), *flags, "--lock-image", "--lock-text"]
+    command = [
+        python,
+        "-c",
+        OPEN_CLIP,
+        str(model),
+        *flags,
+        "--lock-image",
+        "--lock-text",
+        "--lock-text-freeze-layer-norm",
+    ]
     env = {**os.environ, "CUDA_VISIBLE_DEVICES": "", "HF_HUB_OFFLINE": "1"}
     child = subprocess.Popen(command, cwd=folder, env=env, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
     rates, tail = [], []
