@@ -1,4 +1,4 @@
-"""Compute what a recipe keeps frozen once, into an HDF5 store: `deepspeed tools/extract_features.py --kind towers …`."""
+"""Compute what a recipe keeps frozen, once: `deepspeed tools/extract_features.py --kind towers … --output f.h5`."""
 
 from __future__ import annotations
 
