@@ -2,7 +2,7 @@
 
     python tools/export_open_clip.py --checkpoint runs/tiny --output_dir runs/tiny/export
 
-The checkpoint is a run's folder (its best checkpoint), one of its checkpoints, or a safetensors file under convclip's or
+The checkpoint is a run's folder (its best checkpoint), one of its checkpoints, or a safetensors file of convclip's or
 open_clip's names, for which --recipe says the model. A model with GPT-2 has no place in open_clip: it is exported as
 safetensors for convclip only, and said so.
 """

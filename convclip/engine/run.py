@@ -27,6 +27,7 @@ from convclip.engine.run_folder import open_run_folder
 from convclip.engine.trainer import Trainer
 from convclip.evaluation.embedding import evaluate
 from convclip.evaluation.report import format_table
+from convclip.evaluation.zero_shot import load_zero_shot_set, zero_shot_accuracy
 from convclip.models import build_model
 from convclip.models.teacher import Teacher
 from convclip.schema import Recipe, UserError
@@ -91,24 +92,37 @@ def open_inputs(
 
 
 def evaluate_checkpoint(
-    place: Path, data: str, folder: Path, precision: str = "fp32", overrides: Sequence[str] = ()
+    place: Path,
+    data: str,
+    folder: Path,
+    precision: str = "fp32",
+    overrides: Sequence[str] = (),
+    zero_shot: Path | None = None,
 ) -> dict[str, Any]:
     """Figures of a run's best checkpoint (or the one that `place` is) on `data`, printed and written to eval.jsonl.
 
-    Any ZeRO stage and world size may have trained it. Errors: UserError names what is missing or damaged.
+    Any ZeRO stage and world size may have trained it. `zero_shot` is a folder of classnames.txt, templates.txt and a
+    sub-folder of pictures for each class. Errors: UserError names what is missing or damaged.
     """
     path = checkpoint_path(place)
     recipe = load_recipe(path.parent.parent / "recipe.yaml", overrides)
+    classes = load_zero_shot_set(zero_shot) if zero_shot is not None else None
     model = build_model(recipe.model)
     load_weights(model, path)
-    device = torch.device(get_accelerator().current_device_name())
-    model = model.to(device, PRECISIONS[precision]).eval()
-    transform = EvalTransform(recipe.model.image.image_size)
-    dataset = load_evaluation_set(data, recipe.data, transform, build_tokenizer(recipe.model.text))
-    batch, workers = recipe.evaluation.batch, recipe.data.workers
-    figures = evaluate(model, dataset, recipe.model.image, device, PRECISIONS[precision], batch, workers)
+    dtype, device = PRECISIONS[precision], torch.device(get_accelerator().current_device_name())
+    model = model.to(device, dtype).eval()
+    transform, tokenizer = EvalTransform(recipe.model.image.image_size), build_tokenizer(recipe.model.text)
+    dataset = load_evaluation_set(data, recipe.data, transform, tokenizer)
+    settings = (recipe.model.image, device, dtype, recipe.evaluation.batch, recipe.data.workers)
+    figures = evaluate(model, dataset, *settings)
+    table = format_table(figures)
+    if classes is not None:
+        found = zero_shot_accuracy(model, classes, transform, tokenizer, *settings)
+        figures["zero_shot"] = found
+        table += f"\nzero-shot, {found['classes']} classes, {found['images']} images: "
+        table += f"top-1 {found['top1']:.2f} top-5 {found['top5']:.2f}"
     if is_main():
-        print(format_table(figures))
+        print(table)
         row = {"checkpoint": str(path), "data": data, "precision": precision, "step": read_state(path).step, **figures}
         try:
             folder.mkdir(parents=True, exist_ok=True)
