@@ -21,6 +21,7 @@ from tests.engine.small_steps import (
     CHUNK,
     LOCKED,
     chunked_run,
+    ds_config,
     frozen,
     loss_of,
     plain_run,
@@ -34,14 +35,15 @@ ZERO_STAGES = (0, 1, 2, 3)
 
 def all_ways(world: int) -> dict[Any, dict[str, Tensor]]:
     """Every case in one process group (starting processes is what costs time)."""
+    random, still, whole = small_recipe(0.4, LOCKED), small_recipe(0.0, LOCKED), small_recipe()
     found: dict[Any, dict[str, Tensor]] = {}
     for stage in ZERO_STAGES:
-        found["random, kept", stage] = chunked_run(small_recipe(0.4, LOCKED), stage)
-        found["bf16", stage] = chunked_run(small_recipe(), stage, "bf16")
+        found["random, kept", stage] = chunked_run(random, ds_config(stage))
+        found["bf16", stage] = chunked_run(whole, ds_config(stage, "bf16"))
     for stage in (2, 3):
-        found["still", stage] = chunked_run(small_recipe(0.0, LOCKED), stage)
-    found["random, not kept", 3] = chunked_run(small_recipe(0.4, LOCKED), 3, keep=0.0)
-    found["bf16 in one", 0] = chunked_run(small_recipe(), 0, "bf16", BATCH // world)
+        found["still", stage] = chunked_run(still, ds_config(stage))
+    found["random, not kept", 3] = chunked_run(random, ds_config(3), keep=0.0)
+    found["bf16 in one", 0] = chunked_run(whole, ds_config(0, "bf16", BATCH // world))
     return found
 
 
@@ -181,9 +183,7 @@ def test_stored_maps_and_embeddings_give_the_gradients_of_live_ones():
 
 
 def test_random_numbers_and_running_statistics_go_on_as_after_one_pass():
-    recipe = small_recipe(0.4)
-    image = recipe.model.image.model_copy(update={"backbone": "test_resnet", "head": "average_linear"})
-    recipe = recipe.model_copy(update={"model": recipe.model.model_copy(update={"image": image})})
+    recipe = small_recipe(0.4, backbone="test_resnet")
     once, _, _ = stage0_model(recipe)
     torch.manual_seed(1)
     for chunk in plain_chunks():
