@@ -37,8 +37,8 @@ USUAL_DS_CONFIG = {
 USABLE = 0.92
 # Rows that activations are measured with: so many that what does not grow with them hardly counts.
 MEASURED_ROWS = 256
-# Matrices of B x N floats that a loss on whole logits holds at its peak; a distillation loss adds the second number.
-WHOLE_LOGITS, TEACHER_LOGITS = 5, 6
+# Matrices of B x N floats that a loss on whole logits holds at its peak; two more where ranks share the batch.
+WHOLE_LOGITS = 4.5
 
 
 @dataclass(frozen=True)
@@ -252,14 +252,16 @@ def map_bytes(model: DualTower, recipe: Recipe, stage: Stage) -> int:
         return model.visual.forward_prefix(torch.empty(1, 3, side, side, device="meta"), boundary).nbytes
 
 
-def loss_bytes(recipe: Recipe, rows: int, world: int) -> int:
+def loss_bytes(recipe: Recipe, rows: int, world: int) -> float:
     """Features of `rows` rows and of all ranks, their gradients, and logits: all of a rank's, or two tiles."""
     row, tile = 4 * recipe.model.embed_dim, recipe.loss.tile
+    # Distillation has a second pair of features and logits.
     parts = 2 if recipe.teacher else 1
-    features = (4 + 3 * parts) * rows * row + 2 * parts * rows * world * row
+    own, gathered = rows * row, (rows * world * row if world > 1 else 0)
+    features = 4 * own + parts * (2 * own + 3 * gathered)
     if tile is not None:
         return features + parts * 2 * 4 * min(tile, rows * world) ** 2
-    return features + (WHOLE_LOGITS + (TEACHER_LOGITS if recipe.teacher else 0)) * 4 * rows * rows * world
+    return features + (WHOLE_LOGITS * parts + (2 if world > 1 else 0)) * 4 * rows * rows * world
 
 
 def teacher_bytes(recipe: Recipe, size: int) -> int:

@@ -139,15 +139,19 @@ def chunked_run(
     recipe: Recipe,
     config: dict[str, Any],
     keep: float = 1e9,
+    before_all: Callable[[DualTower, dict[str, Tensor]], None] | None = None,
     before_step: Callable[[Any, int, Callable[[Iterator[Inputs]], Any]], None] | None = None,
 ) -> dict[str, Tensor]:
     """Train by chunked steps under DeepSpeed, rebuilt at the events; full fp32 masters and frozen weights.
 
-    `before_step` is called with the engine, the step, and what takes a step on chunks.
+    `before_all` is called with the model and its fp32 values, `before_step` with the engine, the step, and what takes
+    a step on chunks.
     """
     model = small_model(recipe)
     values = {name: parameter.detach().clone() for name, parameter in model.named_parameters()}
     stages = {stage.start(STEPS): stage for stage in training_stages(model, recipe)}
+    if before_all is not None:
+        before_all(model, values)
     engine = build_engine(model, stages[0].groups, config, recipe.optim, values)
     torch.manual_seed(rank())
     stage = stages[0]
