@@ -146,6 +146,8 @@ def load_xclip(path: str | Path, precision: Literal["fp32", "fp16"] = "fp32") ->
     Sizes (ViT-B/32 or B/16, frames, words) come from the checkpoint's shapes. UserError: the file cannot be read, is
     Hugging Face's XCLIPModel, or its keys are not exactly the network's.
     """
+    if Path(path).is_dir():
+        raise UserError(f"{path} is a folder, the X-CLIP teacher is one checkpoint file: {TWO_MODELS}")
     state = read_state(path)
     if any(key.startswith(HF_KEYS) for key in state):
         raise UserError(f"{path} is a checkpoint of Hugging Face's XCLIPModel, not of the X-CLIP teacher: {TWO_MODELS}")
