@@ -1,0 +1,112 @@
+"""A CSV file of image paths and captions, one caption per row, as open_clip_train reads it.
+
+Rows of one path are one image with several captions, so that the order of an epoch is the same as for shards.
+"""
+
+from __future__ import annotations
+
+import csv
+import os
+from pathlib import Path
+
+import numpy as np
+
+from convclip.data.samples import BrokenSample, Captions
+from convclip.schema import Data, UserError
+
+# Images looked for at start: a wrong folder shows there, one lost image does not.
+PROBED_IMAGES = 20
+
+
+class CsvTable:
+    """The rows of a CSV file as a SampleSource; images are numbered by first appearance, captions by row.
+
+    Relative image paths are relative to the CSV file's folder.
+
+    Raises:
+        UserError: the file or a column is missing, it holds no rows, or none of its first images exists.
+    """
+
+    def __init__(self, path: str, data: Data):
+        self.path = path
+        self.images: list[str] = []
+        self.texts: list[list[str]] = []
+        self.rows: list[list[int]] = []
+        self._read(data)
+        if not self.images:
+            raise UserError(f"{path} holds no rows below its header")
+        self.counts = np.array([len(texts) for texts in self.texts], dtype=np.int64)
+        self.shard = np.zeros(len(self.images), dtype=np.int32)
+        self._probe()
+
+    def describe(self) -> str:
+        """One line for the log."""
+        return f"{self.path}: {len(self.images):,} images, {int(self.counts.sum()):,} captions"
+
+    def name(self, image: int) -> str:
+        """`<csv>:<image path>`, the path as the file has it."""
+        return f"{os.path.basename(self.path)}:{self.images[image]}"
+
+    def read_captions(self, image: int) -> Captions:
+        """All captions of an image; ids are row numbers from 0."""
+        return Captions(image, self.texts[image], self.rows[image])
+
+    def read_image(self, image: int) -> bytes:
+        """The image file's bytes."""
+        try:
+            return self._locate(image).read_bytes()
+        except (OSError, ValueError) as error:
+            reason = getattr(error, "strerror", None) or str(error)
+            raise BrokenSample(f"{self.name(image)}: {reason}") from None
+
+    def _locate(self, image: int) -> Path:
+        return Path(self.path).parent / self.images[image]
+
+    def _read(self, data: Data) -> None:
+        # surrogateescape: a caption in another encoding breaks its own row when it is read, not the file.
+        try:
+            with open(self.path, newline="", encoding="utf-8-sig", errors="surrogateescape") as file:
+                reader = csv.DictReader(file, delimiter=_separator(data.csv_separator))
+                self._check_columns(reader.fieldnames or [], data)
+                self._group(reader, data)
+        except OSError as error:
+            raise UserError(f"data file {self.path} cannot be read: {error.strerror}") from None
+        except csv.Error as error:
+            raise UserError(f"{self.path} is no readable CSV file ({error})") from None
+
+    def _check_columns(self, present: list[str] | tuple[str, ...], data: Data) -> None:
+        for key, field in ((data.csv_image_key, "csv_image_key"), (data.csv_caption_key, "csv_caption_key")):
+            if key not in present:
+                raise UserError(
+                    f"{self.path} has no column {key!r}; with separator {data.csv_separator!r} its columns are "
+                    f"{', '.join(map(repr, present)) or 'none'}: set data.{field} or data.csv_separator"
+                )
+
+    def _group(self, reader: csv.DictReader, data: Data) -> None:
+        numbers: dict[str, int] = {}
+        for row, fields in enumerate(reader):
+            path = fields[data.csv_image_key] or ""
+            image = numbers.setdefault(path, len(numbers))
+            if image == len(self.images):
+                self.images.append(path)
+                self.texts.append([])
+                self.rows.append([])
+            # A short row has None where a column is missing: an empty caption, which breaks when it is read.
+            self.texts[image].append(fields[data.csv_caption_key] or "")
+            self.rows[image].append(row)
+
+    def _probe(self) -> None:
+        probed = range(min(PROBED_IMAGES, len(self.images)))
+        if not any(self._locate(image).is_file() for image in probed):
+            raise UserError(
+                f"none of the first {len(probed)} images of {self.path} exists, the first is {self._locate(0)}: "
+                "relative paths are relative to the CSV file's folder"
+            )
+
+
+def _separator(separator: str) -> str:
+    """The separator itself; the two characters \\t, as shells hand them over, mean a tab."""
+    separator = separator.replace("\\t", "\t")
+    if len(separator) != 1:
+        raise UserError(f"data.csv_separator {separator!r} must be one character")
+    return separator

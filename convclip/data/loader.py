@@ -1,0 +1,229 @@
+"""The training stream: micro batches of an epoch through data workers.
+
+Which rows a batch has is arithmetic (`convclip.data.order`), so workers only read, decode and tokenise: the stream
+does not depend on how many there are, and it starts at any step without reading what came before.
+Shapes: B micro batch, S image side, T tokens.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from PIL import Image
+from torch.utils.data import DataLoader, Dataset
+
+from convclip.data.csv_table import CsvTable
+from convclip.data.order import EpochOrder, epoch_order, micro_batch, rows_per_epoch
+from convclip.data.samples import BrokenSample, SampleSource, decode_image
+from convclip.data.shard_table import ShardTable
+from convclip.data.tokenizers import Tokenizer
+from convclip.schema import Batch, Data, UserError
+
+Transform = Callable[[Image.Image, np.random.Generator], torch.Tensor]
+
+# Random streams drawn from (seed, epoch, row, ...); apart from those of convclip.data.order.
+AUGMENTATION, REPLACEMENT = 2, 3
+REPLACEMENTS = 20
+SAMPLES_BEFORE_STOP = 100
+
+
+def open_source(address: str, data: Data) -> SampleSource:
+    """The samples behind an address, as data.format says; `auto` takes .csv and .tsv files as CSV, all else as shards.
+
+    Raises:
+        UserError: nothing readable is there.
+    """
+    table = data.format == "csv" or (data.format == "auto" and address.lower().endswith((".csv", ".tsv")))
+    return CsvTable(address, data) if table else ShardTable(address, data)
+
+
+@contextmanager
+def plain_worker_errors() -> Iterator[None]:
+    """Within it, a dead data worker and a UserError raised in a worker become a UserError of one line."""
+    try:
+        yield
+    except RuntimeError as error:
+        if "DataLoader worker" not in str(error):
+            raise
+        raise UserError(
+            f"a data worker died ({str(error).splitlines()[0]}): memory may be short, lower data.workers or, in a "
+            "container, enlarge /dev/shm"
+        ) from error
+    except UserError as error:
+        # From a worker, torch wraps the message into its own traceback; the last line is ours.
+        raise UserError(str(error).strip().splitlines()[-1].split("UserError: ")[-1]) from None
+
+
+@dataclass(frozen=True)
+class Rows:
+    """What a worker is told: row numbers of an epoch with their images and captions (int64 [B] each)."""
+
+    epoch: int
+    row: np.ndarray
+    image: np.ndarray
+    caption: np.ndarray
+
+
+class TrainLoader:
+    """Micro batches of one rank.
+
+    A batch is `{"image": uint8 [B, 3, S, S], "text": int64 [B, T], "image_id": int64 [B], "caption_id": int64 [B],
+    "broken": list[str]}`; `broken` names the samples that could not be used and says why. Each was replaced by
+    another one drawn from (seed, epoch, row). `seen` and `broken` count this rank's samples since the loader was made.
+
+    Args:
+        transform: `(image, numpy generator) -> uint8 [3, S, S]`; the generator is seeded by (seed, epoch, row).
+        pin_memory: set when an accelerator is used, so that copies to it need not wait.
+
+    Raises:
+        UserError: data.train is missing or unreadable, or holds less than one global batch.
+    """
+
+    def __init__(
+        self,
+        data: Data,
+        batch: Batch,
+        transform: Transform,
+        tokenizer: Tokenizer,
+        rank: int,
+        world: int,
+        seed: int,
+        pin_memory: bool = False,
+    ):
+        if data.train is None:
+            raise UserError("data.train is not set: name the training data with --train_data")
+        self.data, self.rank, self.world, self.seed = data, rank, world, seed
+        self.micro, self.micro_per_step = batch.per_rank(world)
+        self.source = open_source(data.train, data)
+        self.rows_per_epoch = rows_per_epoch(self.source.counts, data.captions)
+        self.steps_per_epoch = self.rows_per_epoch // batch.global_
+        if self.steps_per_epoch == 0:
+            raise UserError(
+                f"{data.train} has {self.rows_per_epoch} rows per epoch, fewer than one global batch: "
+                f"lower batch.global (now {batch.global_})"
+            )
+        self.seen = 0
+        self.broken = 0
+        self._plan: list[Rows] = []
+        self._loader = DataLoader(
+            MicroBatches(self.source, data, transform, tokenizer, seed),
+            sampler=_Plan(self),
+            batch_size=None,
+            num_workers=data.workers,
+            persistent_workers=data.workers > 0,
+            pin_memory=pin_memory,
+            # DataLoader draws its workers' seed; from a generator of its own, the model's random stream stays as is.
+            generator=torch.Generator(),
+        )
+
+    def describe(self) -> str:
+        """One line for the log: what is read, and the epoch's arithmetic."""
+        step = self.micro * self.micro_per_step * self.world
+        return (
+            f"train data: {self.source.describe()}; captions {self.data.captions}: {self.rows_per_epoch:,} rows and "
+            f"{self.steps_per_epoch:,} steps per epoch, the last {self.rows_per_epoch - self.steps_per_epoch * step} "
+            f"rows left out; {self.data.workers} workers per rank"
+        )
+
+    def epoch(self, epoch: int, start_step: int = 0) -> Iterator[dict]:
+        """This rank's micro batches of `epoch` from optimizer step `start_step` on, micro_per_step for each step.
+
+        Raises:
+            UserError: more than data.max_broken_share of the samples are broken, or a data worker died.
+        """
+        order = epoch_order(
+            self.source.counts, self.source.shard, self.data.captions, self.data.shuffle_shards, self.seed, epoch
+        )
+        steps = range(start_step * self.micro_per_step, self.steps_per_epoch * self.micro_per_step)
+        self._plan = [self._rows(order, epoch, index) for index in steps]
+        with plain_worker_errors():
+            for batch in self._loader:
+                self._count(batch)
+                yield batch
+        self._stop_if_too_many_broken()
+
+    def _rows(self, order: EpochOrder, epoch: int, index: int) -> Rows:
+        rows = micro_batch(len(order), index, self.micro, self.rank, self.world)
+        return Rows(epoch, np.arange(rows.start, rows.stop), order.image[rows], order.caption[rows])
+
+    def _count(self, batch: dict) -> None:
+        self.seen += len(batch["image"])
+        self.broken += len(batch["broken"])
+        if self.seen >= SAMPLES_BEFORE_STOP:
+            self._stop_if_too_many_broken(batch["broken"])
+
+    def _stop_if_too_many_broken(self, last: list[str] | None = None) -> None:
+        if self.broken > self.data.max_broken_share * self.seen:
+            example = f", the last is {last[-1]}" if last else ""
+            raise UserError(
+                f"{self.broken} of {self.seen} samples of {self.data.train} are broken{example}: more than "
+                f"data.max_broken_share {self.data.max_broken_share} allows"
+            )
+
+
+class _Plan:
+    """The sampler: hands the loader's present plan to the DataLoader, whose workers outlive an epoch."""
+
+    def __init__(self, loader: TrainLoader):
+        self._loader = loader
+
+    def __iter__(self) -> Iterator[Rows]:
+        return iter(self._loader._plan)
+
+    def __len__(self) -> int:
+        return len(self._loader._plan)
+
+
+class MicroBatches(Dataset):
+    """Rows -> batch, in the worker."""
+
+    def __init__(self, source: SampleSource, data: Data, transform: Transform, tokenizer: Tokenizer, seed: int):
+        self.source, self.data, self.seed = source, data, seed
+        self.transform, self.tokenizer = transform, tokenizer
+
+    def __getitem__(self, rows: Rows) -> dict:
+        images, texts, image_ids, caption_ids, broken = [], [], [], [], []
+        for row, image, caption in zip(rows.row.tolist(), rows.image.tolist(), rows.caption.tolist(), strict=True):
+            pixels, text, image_id, caption_id = self._sample(rows.epoch, row, image, caption, broken)
+            images.append(pixels)
+            texts.append(text)
+            image_ids.append(image_id)
+            caption_ids.append(caption_id)
+        return {
+            "image": torch.stack(images),
+            "text": self.tokenizer(texts),
+            "image_id": torch.tensor(image_ids, dtype=torch.int64),
+            "caption_id": torch.tensor(caption_ids, dtype=torch.int64),
+            "broken": broken,
+        }
+
+    def _sample(
+        self, epoch: int, row: int, image: int, caption: int, broken: list[str]
+    ) -> tuple[torch.Tensor, str, int, int]:
+        """(pixels, caption, image id, caption id) of a row, or of the sample that stands in for a broken one."""
+        for attempt in range(REPLACEMENTS):
+            try:
+                return self._read(epoch, row, image, caption)
+            except BrokenSample as error:
+                broken.append(str(error))
+            generator = np.random.default_rng((self.seed, epoch, row, REPLACEMENT, attempt))
+            image = int(generator.integers(len(self.source.counts)))
+            caption = int(generator.integers(self.source.counts[image]))
+        raise UserError(f"{REPLACEMENTS} samples in a row are broken, the last is {broken[-1]}")
+
+    def _read(self, epoch: int, row: int, image: int, caption: int) -> tuple[torch.Tensor, str, int, int]:
+        name = self.source.name(image)
+        captions = self.source.read_captions(image)
+        text = captions.usable(name, caption)
+        picture = decode_image(name, self.source.read_image(image), self.data.max_image_pixels)
+        generator = np.random.default_rng((self.seed, epoch, row, AUGMENTATION))
+        try:
+            pixels = self.transform(picture, generator)
+        # Rare pixel modes decode but cannot be resized; the picture is at fault, not the run.
+        except (ValueError, OSError) as error:
+            raise BrokenSample(f"{name}: {error}") from None
+        return pixels, text, captions.image_id, captions.ids[caption]

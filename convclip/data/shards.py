@@ -1,0 +1,209 @@
+"""From an address to tar files on a local disk: patterns, wids indexes, and shards behind URLs.
+
+Everything that is wrong with an address shows here, before training starts: patterns without a file, missing shards,
+sizes that differ from the index, forbidden `pipe:` commands.
+"""
+
+from __future__ import annotations
+
+import glob
+import hashlib
+import json
+import os
+import re
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, replace
+from pathlib import Path
+from urllib.parse import urlparse
+
+import braceexpand
+from filelock import FileLock
+from tqdm import tqdm
+from webdataset.gopen import gopen
+
+from convclip.schema import Data, UserError
+
+WIDS_KIND = "wids-shard-index-v1"
+FETCHES_AT_ONCE = 4
+BLOCK = 1 << 20
+
+
+@dataclass(frozen=True)
+class Shard:
+    """One tar file; what its index says of it is None where there is no index."""
+
+    address: str
+    path: str
+    filesize: int | None = None
+    md5sum: str | None = None
+    nsamples: int | None = None
+    ncaptions: tuple[int, ...] | None = None
+
+
+def find_shards(address: str, data: Data) -> list[Shard]:
+    """The shards of `address`, all present on a local disk, in the order of the address.
+
+    Args:
+        address: parts joined by `::`; each a tar file, a brace or glob pattern, a wids index (.json), or a URL.
+        data: `allow_pipe` and `cache_folder` are read.
+
+    Raises:
+        UserError: a pattern matches nothing, a shard is missing, cut or listed twice, or `pipe:` is not allowed.
+    """
+    shards = [shard for part in address.split("::") for shard in _expand(part)]
+    for shard in shards:
+        if shard.address.startswith("pipe:") and not data.allow_pipe:
+            raise UserError(f"{shard.address!r} runs a shell command: set data.allow_pipe=true if you trust it")
+    seen = set()
+    for shard in shards:
+        if shard.address in seen:
+            raise UserError(f"shard {shard.address} is listed twice in {address!r}: name every shard once")
+        seen.add(shard.address)
+    shards = _with_indexes(shards)
+    missing = [s.path for s in shards if not is_url(s.address) and not os.path.isfile(s.path)]
+    if missing:
+        raise UserError(f"{len(missing)} of {len(shards)} shards of {address!r} are missing, the first is {missing[0]}")
+    shards = _fetch_all(shards, data)
+    for shard in shards:
+        size = os.path.getsize(shard.path)
+        if shard.filesize is not None and size != shard.filesize:
+            raise UserError(
+                f"shard {shard.path} has {size} bytes where its index says {shard.filesize}: copy or build it again"
+            )
+    return shards
+
+
+def cache_folder(data: Data) -> Path:
+    """Where fetched shards and member tables are kept: data.cache_folder, or ~/.cache/convclip."""
+    base = os.environ.get("XDG_CACHE_HOME") or os.path.join(os.path.expanduser("~"), ".cache")
+    return Path(data.cache_folder or os.path.join(base, "convclip"))
+
+
+def is_url(address: str) -> bool:
+    """True for `scheme:...`, which webdataset opens; False for a path."""
+    return re.match(r"[A-Za-z][A-Za-z0-9+.-]+:", address) is not None
+
+
+def _expand(part: str) -> list[Shard]:
+    """One part of an address as shards; nothing is opened but a wids index."""
+    try:
+        names = list(braceexpand.braceexpand(part))
+    except braceexpand.UnbalancedBracesError:
+        raise UserError(
+            f"data address {part!r} has unbalanced braces: write it like train-{{000000..000117}}.tar"
+        ) from None
+    shards = []
+    for name in map(os.path.expanduser, names):
+        if is_url(name):
+            shards.append(Shard(name, ""))
+        elif name.endswith(".json"):
+            shards.extend(_shards_of_index(Path(name)))
+        else:
+            shards.extend(Shard(path, path) for path in _match(name))
+    return shards
+
+
+def _match(name: str) -> list[str]:
+    """Local tar files for one path or glob pattern; a path without wildcards need not exist."""
+    if os.path.isdir(name):
+        raise UserError(f"{name} is a folder: name its shards, as in {os.path.join(name, '*.tar')}")
+    paths = [name]
+    if glob.has_magic(name) and not os.path.exists(name):
+        # img2dataset writes <shard>_stats.json and .parquet files beside its shards; only the tars are samples.
+        paths = sorted(path for path in glob.glob(name, recursive=True) if path.endswith(".tar"))
+        if not paths:
+            raise UserError(f"no .tar file matches {name!r}")
+    for path in paths:
+        if not path.endswith(".tar"):
+            raise UserError(f"{path} is no .tar shard: shards are read in random order and must not be compressed")
+    return paths
+
+
+def _shards_of_index(path: Path) -> list[Shard]:
+    """The shards a wids index lists; relative addresses are relative to the index."""
+    try:
+        index = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise UserError(f"shard index {path} does not exist") from None
+    except (OSError, ValueError) as error:
+        raise UserError(f"shard index {path} cannot be read ({error}): build it again or delete it") from None
+    if not isinstance(index, dict) or index.get("__kind__") != WIDS_KIND:
+        raise UserError(f"{path} is no shard index: its __kind__ is not {WIDS_KIND}")
+    try:
+        return [_shard_of_entry(entry, path.parent) for entry in index["shardlist"]]
+    except (KeyError, TypeError, ValueError) as error:
+        raise UserError(f"shard index {path} is malformed ({type(error).__name__}: {error}): build it again") from None
+
+
+def _shard_of_entry(entry: dict, folder: Path) -> Shard:
+    address = str(entry["url"])
+    path = "" if is_url(address) else str(folder / address)
+    counts = entry.get("ncaptions")
+    return Shard(
+        address=address if is_url(address) else path,
+        path=path,
+        filesize=None if entry.get("filesize") is None else int(entry["filesize"]),
+        md5sum=entry.get("md5sum"),
+        nsamples=None if entry.get("nsamples") is None else int(entry["nsamples"]),
+        ncaptions=None if counts is None else tuple(int(count) for count in counts),
+    )
+
+
+def _with_indexes(shards: list[Shard]) -> list[Shard]:
+    """Local shards joined with what a `*.index.json` beside them says."""
+    folders = {os.path.dirname(shard.path) for shard in shards if shard.path}
+    known = {}
+    for folder in sorted(folders):
+        for index in sorted(Path(folder or ".").glob("*.index.json")):
+            known.update((os.path.abspath(entry.path), entry) for entry in _shards_of_index(index) if entry.path)
+    joined = []
+    for shard in shards:
+        entry = known.get(os.path.abspath(shard.path)) if shard.path else None
+        joined.append(shard if entry is None else replace(entry, address=shard.address, path=shard.path))
+    return joined
+
+
+def _fetch_all(shards: list[Shard], data: Data) -> list[Shard]:
+    """Shards behind URLs copied into the cache folder; local ones as they are."""
+    remote = [shard for shard in shards if is_url(shard.address)]
+    if not remote:
+        return shards
+    folder = cache_folder(data) / "shards"
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(f"cannot write to the shard cache {folder} ({error}): set data.cache_folder") from None
+    with ThreadPoolExecutor(FETCHES_AT_ONCE) as pool:
+        fetches = pool.map(lambda shard: _fetch(shard, folder), remote)
+        paths = dict(tqdm(fetches, desc=f"shards to {folder}", total=len(remote), unit="shard", delay=2))
+    return [replace(shard, path=paths[shard.address]) if is_url(shard.address) else shard for shard in shards]
+
+
+def _fetch(shard: Shard, folder: Path) -> tuple[str, str]:
+    """(address, local path). The first process to come copies, the others of this machine wait for it."""
+    digest = hashlib.sha256(shard.address.encode()).hexdigest()[:16]
+    base = "" if shard.address.startswith("pipe:") else os.path.basename(urlparse(shard.address).path)
+    target = folder / (f"{digest}-{base}" if base.endswith(".tar") else f"{digest}.tar")
+    part = target.with_name(target.name + ".part")
+    with FileLock(f"{target}.lock"):
+        if not target.exists():
+            try:
+                _copy(shard, part)
+                os.replace(part, target)
+            except (OSError, ValueError) as error:
+                raise UserError(f"shard {shard.address} cannot be fetched: {error}") from None
+            finally:
+                part.unlink(missing_ok=True)
+    return shard.address, str(target)
+
+
+def _copy(shard: Shard, part: Path) -> None:
+    md5 = hashlib.md5(usedforsecurity=False)
+    with gopen(shard.address, "rb") as stream, open(part, "wb") as output:
+        while block := stream.read(BLOCK):
+            md5.update(block)
+            output.write(block)
+    if part.stat().st_size == 0:
+        raise ValueError("it is empty")
+    if shard.md5sum is not None and md5.hexdigest() != shard.md5sum:
+        raise ValueError(f"its md5sum {md5.hexdigest()} differs from the index ({shard.md5sum})")
