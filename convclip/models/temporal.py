@@ -9,7 +9,7 @@ from __future__ import annotations
 from functools import partial
 
 import torch
-from open_clip.transformer import LayerNormFp32, QuickGELU, Transformer
+from open_clip.transformer import LayerNorm, QuickGELU, Transformer
 from torch import Tensor, nn
 
 HEAD_WIDTH = 64
@@ -19,7 +19,7 @@ def temporal_blocks(width: int, layers: int = 4, eps: float = 1e-5) -> Transform
     """`layers` pre-norm QuickGELU blocks of `width` with width/64 heads. ValueError: width not a multiple of 64."""
     if width % HEAD_WIDTH:
         raise ValueError(f"width {width} is not a multiple of {HEAD_WIDTH}: heads are {HEAD_WIDTH} wide")
-    norm = partial(LayerNormFp32, eps=eps)
+    norm = partial(LayerNorm, eps=eps)
     return Transformer(width, layers, width // HEAD_WIDTH, act_layer=QuickGELU, norm_layer=norm)
 
 
@@ -36,7 +36,8 @@ def over_time(blocks: Transformer, positions: nn.Embedding, x: Tensor, mask: Ten
     heads = blocks.resblocks[0].attn.num_heads
     blocked = torch.zeros(mask.shape, dtype=x.dtype, device=x.device).masked_fill(~mask, float("-inf"))
     keys = blocked[:, None, None, :].expand(-1, heads, mask.shape[1], -1).flatten(0, 1)
-    return blocks(x + positions.weight[: x.shape[1]], attn_mask=keys) + x
+    # Through the module, not its weight: under ZeRO-3 a parameter is only there while its module runs.
+    return blocks(x + positions(torch.arange(x.shape[1], device=x.device)), attn_mask=keys) + x
 
 
 def masked_mean(x: Tensor, mask: Tensor) -> Tensor:

@@ -64,6 +64,23 @@ def fine_target(word_raw: Tensor, eot: Tensor, frame_raw: Tensor) -> Tensor:
         return torch.einsum("bd,bfd->bf", sentence, frames).softmax(-1)
 
 
+def score_targets(
+    features: Mapping[str, Tensor], parameters: Mapping[str, Tensor], own: slice
+) -> tuple[Tensor, Tensor, Tensor]:
+    """What one rank distils from: logits [B, W*B] of its captions against all videos, logits [B, W*B] of its videos
+    against all captions, and r [B, F] of its pairs.
+
+    `features` (word_raw, eot, frame_raw, video_out) hold the whole batch's W*B matched pairs in rank order, `own` this
+    rank's rows in them.
+    """
+    words, eot, frames, videos = (features[name] for name in ("word_raw", "eot", "frame_raw", "video_out"))
+    target = fine_target(words[own], eot[own], frames[own])
+    rows = xclip_score(words[own], eot[own], frames, videos, parameters)
+    if len(rows) == len(frames):
+        return rows, rows.T, target
+    return rows, xclip_score(words, eot, frames[own], videos[own], parameters).T, target
+
+
 def _four_terms(words: Tensor, sentence: Tensor, frames: Tensor, video: Tensor, weights: dict[str, Tensor]) -> Tensor:
     """Sum of the four terms, before logit_scale / 4, of a block of unit features: [T, V]."""
     texts, n_words, _ = words.shape
