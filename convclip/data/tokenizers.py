@@ -68,16 +68,12 @@ def _load_hugging_face(tower: schema.TextTower) -> Any:
     loader = GPT2TokenizerFast if bare and "tokenizer.json" not in os.listdir(name) else AutoTokenizer
     try:
         tokenizer = loader.from_pretrained(name)
-    except (OSError, ValueError, KeyError, ImportError) as error:
-        if os.path.isdir(name):
-            reason = str(error).strip().splitlines()[0]
-            raise schema.UserError(
-                f"model.text.tokenizer: no tokenizer can be read from folder {name}: {reason}"
-            ) from None
-        raise schema.UserError(
-            f"model.text.tokenizer: {name!r} is no folder, is not in the Hugging Face cache and cannot be downloaded: "
-            "give a folder that holds the tokenizer's files (tokenizer.json, tokenizer_config.json)"
-        ) from None
+    except (OSError, ValueError, KeyError, ImportError):
+        files = "tokenizer.json and tokenizer_config.json, or vocab.json and merges.txt"
+        where = f"folder {name} holds no readable tokenizer"
+        if not os.path.isdir(name):
+            where = f"{name!r} is no folder, is not in the Hugging Face cache and cannot be downloaded"
+        raise schema.UserError(f"model.text.tokenizer: {where}: give a folder that holds {files}") from None
     highest = max(tokenizer.get_vocab().values())
     if tokenizer.eos_token_id != highest:
         raise schema.UserError(

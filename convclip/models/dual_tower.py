@@ -1,0 +1,84 @@
+"""The dual tower: an image and a text tower whose embeddings meet in one space.
+
+Shapes: B batch, C channels and H.W size of images, T tokens, D embed.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from convclip import schema
+from convclip.models.image_tower import build_image_tower
+from convclip.models.text_tower import build_text_tower
+
+
+class DualTower(nn.Module):
+    """`visual`, `text` and `logit_scale`; parameter names are those of open_clip's CustomTextCLIP."""
+
+    def __init__(self, config: schema.Model):
+        super().__init__()
+        self.visual = build_image_tower(config.image, config.embed_dim)
+        self.text = build_text_tower(config.text, config.embed_dim)
+        # Shape (1,), not (): DeepSpeed fails on parameters without a dimension.
+        self.logit_scale = nn.Parameter(torch.full((1,), config.init_logit_scale))
+
+    def encode_image(self, images: Tensor, normalize: bool = False, boundary: int = 0) -> Tensor:
+        """Images [B, 3, H, W] (float, mean and std taken out) -> embeddings [B, D].
+
+        `boundary` > 0: `images` is instead what `visual.forward_prefix` gave there. `normalize`: unit length, float32.
+        """
+        features = self.visual.forward_from(images, boundary) if boundary else self.visual(images)
+        return _unit_length(features) if normalize else features
+
+    def encode_text(self, tokens: Tensor, normalize: bool = False) -> Tensor:
+        """Token ids [B, T] (int64) -> embeddings [B, D]; `normalize`: unit length, float32."""
+        features = self.text(tokens)
+        return _unit_length(features) if normalize else features
+
+    def forward(
+        self, images: Tensor | None = None, texts: Tensor | None = None, boundary: int = 0
+    ) -> tuple[Tensor | None, Tensor | None, Tensor]:
+        """(image features [B, D], text features [B, D], logit scale [1]); a tower without input gives None.
+
+        Features have unit length; the logit scale is exponentiated. `boundary` as in `encode_image`.
+        """
+        # Text first: it reads its longest caption's length, which on an accelerator waits for the work queued so far.
+        text_features = None if texts is None else self.encode_text(texts, normalize=True)
+        image_features = None if images is None else self.encode_image(images, normalize=True, boundary=boundary)
+        return image_features, text_features, self.logit_scale.float().exp()
+
+    def train(self, mode: bool = True) -> DualTower:
+        """As nn.Module, except that a module none of whose parameters is trainable stays in eval mode.
+
+        So a locked part has no dropout or drop path and its batch norms use, and keep, their running statistics.
+        Call it again after changing `requires_grad`.
+        """
+        super().train(mode)
+        _rest_frozen(self)
+        return self
+
+    def set_grad_checkpointing(self, enable: bool = True) -> None:
+        """Activation checkpointing of both towers: memory for about a third more computation."""
+        self.visual.set_grad_checkpointing(enable)
+        self.text.set_grad_checkpointing(enable)
+
+
+def build_model(config: schema.Model) -> DualTower:
+    """The model that `config` describes, with random weights; works under `torch.device("meta")`."""
+    return DualTower(config)
+
+
+def _unit_length(features: Tensor) -> Tensor:
+    # In half precision a unit vector is off by up to 5e-4, which a logit scale of 100 makes visible in the loss.
+    return F.normalize(features.float(), dim=-1)
+
+
+def _rest_frozen(module: nn.Module) -> None:
+    parameters = list(module.parameters())
+    if parameters and not any(parameter.requires_grad for parameter in parameters):
+        module.eval()
+        return
+    for child in module.children():
+        _rest_frozen(child)
