@@ -116,7 +116,7 @@ def test_gradients_equal_the_dense_form_in_float64():
 
 
 def test_several_teachers_are_averaged_and_a_coarse_only_one_has_no_say_on_frames():
-    text, video, scale, attention, mask = batch()
+    text, video, scale, attention, _ = batch()
     weights = attention.softmax(-1)
     first, second = teachers(1), teachers(2, fine=False)
     alone = [teachclip_loss(text, video, scale, weights, [t]) for t in (first, second)]
