@@ -17,8 +17,8 @@ demo: $(STAMP)
 	$(RUN) deepspeed --num_gpus 1 launch/train.py --ds_config ds_configs/zero1_fp32.json --recipe demo \
 	    --train_data 'demo/shards/train-{000000..000007}.tar' --val_data 'demo/shards/val-{000000..000001}.tar' \
 	    --output_dir demo/run
-	$(RUN) python tools/plot_run.py demo/run --output demo/run/plot.png
-	@echo "The run's files: demo/run    Its log: demo/run/train.log    Its curves: demo/run/plot.png"
+	$(RUN) python tools/plot_run.py demo/run --html
+	@echo "The run: demo/run    its log: demo/run/train.log    its curves: demo/run/plot.png, demo/run/report/index.html"
 
 test: $(STAMP)
 	$(RUN) python -m pytest

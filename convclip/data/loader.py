@@ -108,10 +108,10 @@ class TrainLoader:
             )
         self.seen = 0
         self.broken = 0
-        self._plan: list[Rows] = []
+        self._plan = _Plan()
         self._loader = DataLoader(
             MicroBatches(self.source, data, transform, tokenizer, seed),
-            sampler=_Plan(self),
+            sampler=self._plan,
             batch_size=None,
             num_workers=data.workers,
             persistent_workers=data.workers > 0,
@@ -139,26 +139,23 @@ class TrainLoader:
             self.source.counts, self.source.shard, self.data.captions, self.data.shuffle_shards, self.seed, epoch
         )
         steps = range(start_step * self.micro_per_step, self.steps_per_epoch * self.micro_per_step)
-        self._plan = [self._rows(order, epoch, index) for index in steps]
+        self._plan.batches = [self._rows(order, epoch, index) for index in steps]
         with plain_worker_errors():
-            for batch in self._loader:
-                self._count(batch)
+            for number, batch in enumerate(self._loader, start=1):
+                # Before the last batch is handed out: who takes no more than he needs never comes back after it.
+                self._count(batch, is_last=number == len(self._plan))
                 yield batch
-        self._stop_if_too_many_broken()
 
     def _rows(self, order: EpochOrder, epoch: int, index: int) -> Rows:
         rows = micro_batch(len(order), index, self.micro, self.rank, self.world)
         return Rows(epoch, np.arange(rows.start, rows.stop), order.image[rows], order.caption[rows])
 
-    def _count(self, batch: dict) -> None:
+    def _count(self, batch: dict, is_last: bool) -> None:
         self.seen += len(batch["image"])
         self.broken += len(batch["broken"])
-        if self.seen >= SAMPLES_BEFORE_STOP:
-            self._stop_if_too_many_broken(batch["broken"])
-
-    def _stop_if_too_many_broken(self, last: list[str] | None = None) -> None:
-        if self.broken > self.data.max_broken_share * self.seen:
-            example = f", the last is {last[-1]}" if last else ""
+        enough = self.seen >= SAMPLES_BEFORE_STOP or is_last
+        if enough and self.broken > self.data.max_broken_share * self.seen:
+            example = f", the last is {batch['broken'][-1]}" if batch["broken"] else ""
             raise UserError(
                 f"{self.broken} of {self.seen} samples of {self.data.train} are broken{example}: more than "
                 f"data.max_broken_share {self.data.max_broken_share} allows"
@@ -166,16 +163,20 @@ class TrainLoader:
 
 
 class _Plan:
-    """The sampler: hands the loader's present plan to the DataLoader, whose workers outlive an epoch."""
+    """The sampler: holds the batches of the present epoch for the DataLoader, whose workers outlive an epoch.
 
-    def __init__(self, loader: TrainLoader):
-        self._loader = loader
+    It does not hold the TrainLoader: in a reference cycle, worker processes would be shut down by the garbage
+    collector, whose order leaves them waiting for seconds.
+    """
+
+    def __init__(self) -> None:
+        self.batches: list[Rows] = []
 
     def __iter__(self) -> Iterator[Rows]:
-        return iter(self._loader._plan)
+        return iter(self.batches)
 
     def __len__(self) -> int:
-        return len(self._loader._plan)
+        return len(self.batches)
 
 
 class MicroBatches(Dataset):

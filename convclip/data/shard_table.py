@@ -123,8 +123,12 @@ def parse_captions(kind: int, raw: bytes) -> tuple[int | None, list[str], list[i
     json: `captions` (ours, Karpathy-style) or one `caption` (img2dataset). txt: one caption per line.
     """
     if kind == TXT:
-        return None, [line.strip() for line in raw.decode("utf-8").splitlines() if line.strip()], None
-    content = json.loads(raw.decode("utf-8"))
+        # Not splitlines(): it also splits at characters that captions from the web contain (U+2028, form feed).
+        return None, [line.strip() for line in raw.decode("utf-8-sig").split("\n") if line.strip()], None
+    try:
+        content = json.loads(raw.decode("utf-8-sig"))
+    except RecursionError:
+        raise ValueError("the json member is nested too deeply") from None
     if not isinstance(content, dict):
         raise ValueError("the json member is no object")
     texts = content.get("captions")

@@ -74,9 +74,9 @@ class CuttableTower(nn.Module):
         return self.boundaries.index(boundary)
 
     def _run(self, units: Sequence[Unit], x: Tensor) -> Tensor:
+        recompute = self.checkpointing and torch.is_grad_enabled()
         for unit in units:
-            trains = x.requires_grad or any(p.requires_grad for module in unit for p in module.parameters())
-            if self.checkpointing and trains and torch.is_grad_enabled():
+            if recompute and (x.requires_grad or any(p.requires_grad for module in unit for p in module.parameters())):
                 x = checkpoint(_run_unit, unit, x, use_reentrant=False, context_fn=lambda u=unit: _contexts(u))
             else:
                 x = _run_unit(unit, x)

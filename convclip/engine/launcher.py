@@ -1,0 +1,37 @@
+"""Starting the processes of a run: under `deepspeed`, `torchrun`, or alone."""
+
+from __future__ import annotations
+
+import atexit
+import os
+import socket
+
+import torch
+
+ALONE = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "127.0.0.1"}
+
+
+def start_processes() -> None:
+    """Join the process group of the launcher, or form one of this process alone; picks this rank's device."""
+    os.environ.setdefault("DEEPSPEED_LOG_LEVEL", "error")
+    if "RANK" not in os.environ:
+        # Without these DeepSpeed looks for mpi4py.
+        os.environ.update(ALONE, MASTER_PORT=str(_free_port()))
+    import deepspeed
+    from deepspeed.accelerator import get_accelerator
+
+    if get_accelerator().device_name() != "cpu":
+        get_accelerator().set_device(int(os.environ["LOCAL_RANK"]))
+    deepspeed.init_distributed(dist_backend=get_accelerator().communication_backend_name(), verbose=False)
+    atexit.register(_stop)
+
+
+def _stop() -> None:
+    if torch.distributed.is_initialized():
+        torch.distributed.destroy_process_group()
+
+
+def _free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return probe.getsockname()[1]

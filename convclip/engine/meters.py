@@ -1,0 +1,137 @@
+"""What a run reports: log lines, metrics.jsonl, eval.jsonl, TensorBoard; rank 0 alone writes."""
+
+from __future__ import annotations
+
+import json
+import logging
+import resource
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+from deepspeed.accelerator import get_accelerator
+
+from convclip.distributed import is_main
+
+try:
+    from torch.utils.tensorboard import SummaryWriter
+except ImportError:  # the `report` extra is not installed
+    SummaryWriter = None
+
+logger = logging.getLogger("convclip")
+
+
+class RunLog:
+    """The files and lines of one run."""
+
+    def __init__(self, folder: Path, total_steps: int) -> None:
+        self.folder, self.total_steps = folder, total_steps
+        self.main = is_main()
+        logger.setLevel(logging.INFO if self.main else logging.ERROR)
+        logger.propagate = False
+        self._close_handlers()
+        if self.main:
+            for handler in (logging.StreamHandler(sys.stdout), logging.FileHandler(folder / "train.log")):
+                handler.setFormatter(logging.Formatter("%(asctime)s %(message)s", "%H:%M:%S"))
+                logger.addHandler(handler)
+        self.board = SummaryWriter(folder / "tensorboard") if SummaryWriter and self.main else None
+        if self.main and SummaryWriter is None:
+            logger.info("no TensorBoard files: pip install 'convclip[report]' to get them")
+
+    def metrics(self, row: dict[str, Any]) -> None:
+        """One training step's figures: a line of metrics.jsonl, TensorBoard scalars and a log line."""
+        if not self.main:
+            return
+        self._append("metrics.jsonl", row)
+        self._scalars("train", row, row["step"])
+        extra = "".join(f" {key.removeprefix('loss_')} {value:.3f}" for key, value in row.items() if key[:5] == "loss_" and key != "loss_scale")
+        scale = f" loss scale {row['loss_scale']:g}" if row.get("loss_scale") else ""
+        eta = (self.total_steps - row["step"]) * row["step_seconds"]
+        logger.info(
+            f"step {row['step']}/{self.total_steps} epoch {row['epoch']} loss {row['loss']:.4f}{extra} "
+            f"lr {max(row['lr'].values()):.2e} logit scale {row['logit_scale']:.2f} grad norm {row['grad_norm']:.3f}{scale} "
+            f"{row['samples_per_s']:.1f} samples/s data {row['data_share']:.0%} {row['memory_gib']:.2f} GiB ETA {clock(eta)}"
+        )
+
+    def event(self, row: dict[str, Any], line: str) -> None:
+        """Something that happened between steps, such as an unfreeze event."""
+        if self.main:
+            self._append("metrics.jsonl", row)
+            logger.info(line)
+
+    def evaluation(self, row: dict[str, Any], table: str) -> None:
+        """One evaluation: a line of eval.jsonl, TensorBoard scalars and a printed table."""
+        if not self.main:
+            return
+        self._append("eval.jsonl", row)
+        for protocol in ("standard", "rowwise"):
+            self._scalars(f"eval_{protocol}", row.get(protocol, {}), row["step"])
+        for line in table.splitlines():
+            logger.info(line)
+
+    def close(self) -> None:
+        """Flush everything."""
+        if self.board:
+            self.board.close()
+        self._close_handlers()
+
+    def _close_handlers(self) -> None:
+        for handler in list(logger.handlers):
+            handler.close()
+            logger.removeHandler(handler)
+
+    def _append(self, name: str, row: dict[str, Any]) -> None:
+        with open(self.folder / name, "a", encoding="utf-8") as file:
+            file.write(json.dumps(row) + "\n")
+
+    def _scalars(self, prefix: str, row: dict[str, Any], step: int) -> None:
+        if self.board:
+            for key, value in row.items():
+                for name, number in value.items() if isinstance(value, dict) else ((key, value),):
+                    if isinstance(number, int | float) and key != "step":
+                        label = f"{prefix}/{key}" if name == key else f"{prefix}/{key}/{name}"
+                        self.board.add_scalar(label, number, step)
+
+
+class StepClock:
+    """Time of the steps since the last report, and the share of it spent waiting for data."""
+
+    def __init__(self) -> None:
+        self.reset()
+
+    def reset(self) -> None:
+        """Start a new stretch."""
+        self.started, self.waited, self.steps = time.perf_counter(), 0.0, 0
+
+    def waiting(self, iterator: Any) -> Any:
+        """Next item of `iterator`, its time counted as waiting for data."""
+        start = time.perf_counter()
+        item = next(iterator)
+        self.waited += time.perf_counter() - start
+        return item
+
+    def report(self, global_batch: int) -> dict[str, float]:
+        """samples_per_s, data_share and step_seconds of the stretch, which then starts anew."""
+        seconds = max(time.perf_counter() - self.started, 1e-9)
+        steps = max(self.steps, 1)
+        figures = {
+            "samples_per_s": self.steps * global_batch / seconds,
+            "data_share": self.waited / seconds,
+            "step_seconds": seconds / steps,
+        }
+        self.reset()
+        return figures
+
+
+def memory_gib() -> float:
+    """Peak memory of this process in GiB: on the accelerator where there is one, else resident."""
+    if get_accelerator().device_name() == "cpu":
+        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
+    return get_accelerator().max_memory_allocated() / 2**30
+
+
+def clock(seconds: float) -> str:
+    """Seconds as h:mm:ss."""
+    whole = int(seconds)
+    return f"{whole // 3600}:{whole // 60 % 60:02d}:{whole % 60:02d}"

@@ -1,0 +1,118 @@
+"""Which parameters train in which optimizer group, stage by stage: pure names, no DeepSpeed, no allocation.
+
+A stage is a stretch of training with one trainable set. Stage 0 is the start of the run; every unfreeze time opens
+another. A stage's groups are the groups of the stage before, unchanged and in the same order, then the new ones: the
+rebuild of the engine (`engine/rebuild.py`) relies on it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+
+from torch import nn
+
+from convclip.config import UserError
+from convclip.models.layer_groups import locked_names, unlocked_names
+from convclip.schema import Recipe, Unfreeze
+
+
+@dataclass(frozen=True)
+class Group:
+    """One optimizer group. Its lr is lr(step) x lr_scale; `event` numbers the unfreeze event that opened it."""
+
+    name: str
+    parameters: tuple[str, ...]
+    lr_scale: float
+    weight_decay: float
+    event: int | None = None
+
+
+@dataclass(frozen=True)
+class Stage:
+    """A trainable set and when it begins: before `step` where an event says so, else at the start of `epoch`."""
+
+    epoch: int | None
+    step: int | None
+    groups: tuple[Group, ...]
+    # Groups that this stage adds; all of them in stage 0.
+    opened: tuple[Group, ...]
+    events: tuple[Unfreeze, ...] = field(default=())
+
+    @property
+    def trainable(self) -> set[str]:
+        """Names of the parameters that train in this stage."""
+        return {name for group in self.groups for name in group.parameters}
+
+    def start(self, steps_per_epoch: int) -> int:
+        """Optimizer step before which this stage begins."""
+        return self.step if self.step is not None else (self.epoch or 0) * steps_per_epoch
+
+
+def part_of(name: str) -> str:
+    """The part of the model a parameter belongs to, as users name it in recipes and logs."""
+    if name == "logit_scale":
+        return "logit_scale"
+    part = name.split(".", 1)[0]
+    return "image" if part == "visual" else part
+
+
+def training_stages(model: nn.Module, recipe: Recipe) -> list[Stage]:
+    """Stages of `recipe` in the order they begin; `model` may live on the meta device.
+
+    Events are ordered by time; an epoch and a step cannot be compared without the data's size, so a recipe uses one
+    or the other. Errors: UserError where an event opens nothing, or more layers than there are.
+    """
+    shapes = {name: parameter.ndim for name, parameter in model.named_parameters()}
+    frozen = {name for tower in recipe.freezing.lock for name in locked_names(model, tower)}
+    groups = tuple(_groups((name for name in shapes if name not in frozen), shapes, recipe))
+    if not groups:
+        raise UserError("freezing.lock leaves no parameter to train: unlock a tower")
+    stages = [Stage(0, None, groups, groups)]
+    for (epoch, step), events in _by_time(recipe.freezing.unfreeze):
+        opened: list[Group] = []
+        for number, event in events:
+            names = unlocked_names(model, event.tower, groups=event.groups, layers=event.layers, all=event.all)
+            fresh = [name for name in shapes if name in set(names) & frozen]
+            if not fresh:
+                raise UserError(f"freezing.unfreeze.{number} opens nothing that is still locked: remove it, or unlock more")
+            frozen -= set(fresh)
+            opened += _groups(fresh, shapes, recipe, number, event.lr_scale or recipe.freezing.new_lr_scale)
+        at_start = not (epoch or step)
+        before = stages.pop() if at_start else stages[-1]
+        begun = before.opened if at_start else ()
+        stages.append(
+            Stage(epoch, step, before.groups + tuple(opened), begun + tuple(opened), tuple(event for _, event in events))
+        )
+    return stages
+
+
+def _by_time(events: Iterable[Unfreeze]) -> list[tuple[tuple[int | None, int | None], list[tuple[int, Unfreeze]]]]:
+    """Events with their place in the recipe, gathered by time, earliest first."""
+    numbered = list(enumerate(events))
+    if len({event.step is None for _, event in numbered}) > 1:
+        raise UserError("freezing.unfreeze mixes events by epoch and by step: use one of the two")
+    times: dict[tuple[int | None, int | None], list[tuple[int, Unfreeze]]] = {}
+    for number, event in sorted(numbered, key=lambda item: (item[1].epoch or 0, item[1].step or 0)):
+        times.setdefault((event.epoch, event.step), []).append((number, event))
+    return list(times.items())
+
+
+def _groups(
+    names: Iterable[str], ndims: dict[str, int], recipe: Recipe, event: int | None = None, new_scale: float = 1.0
+) -> list[Group]:
+    """Groups of `names` by part and by weight decay (none for gains, biases and logit_scale: fewer than two axes)."""
+    gathered: dict[tuple[str, bool], list[str]] = {}
+    for name in names:
+        gathered.setdefault((part_of(name), ndims[name] >= 2), []).append(name)
+    suffix = "" if event is None else f".event{event}"
+    return [
+        Group(
+            f"{part}{suffix}.{'decay' if decays else 'no_decay'}",
+            tuple(members),
+            new_scale * recipe.optim.part_lr_scale.get(part, 1.0),
+            recipe.optim.weight_decay if decays else 0.0,
+            event,
+        )
+        for (part, decays), members in gathered.items()
+    ]

@@ -1,0 +1,31 @@
+"""Learning rate as a pure function of the step (steps count optimizer updates from 0)."""
+
+from __future__ import annotations
+
+import math
+
+from convclip.schema import Recipe
+
+
+def peak_lr(recipe: Recipe) -> float:
+    """The recipe's lr after scaling with the global batch (Goyal et al. 2017: linear; Krizhevsky 2014: square root)."""
+    ratio = recipe.batch.global_ / recipe.optim.reference_batch
+    return recipe.optim.lr * {"none": 1.0, "linear": ratio, "sqrt": math.sqrt(ratio)}[recipe.optim.scale_lr_with_batch]
+
+
+def warmup_steps(recipe: Recipe, total_steps: int) -> int:
+    """Warm-up length: `warmup_steps`, or `warmup_share` of all steps where that is 0."""
+    return recipe.optim.warmup_steps or round(recipe.optim.warmup_share * total_steps)
+
+
+def lr_at(step: int, total_steps: int, warmup: int, peak: float) -> float:
+    """Linear warm-up to `peak` over `warmup` steps, then half a cosine to zero at `total_steps`."""
+    if step < warmup:
+        return peak * (step + 1) / warmup
+    progress = (step - warmup) / max(1, total_steps - warmup)
+    return peak * 0.5 * (1 + math.cos(math.pi * min(1.0, progress)))
+
+
+def group_warmup(step: int, start: int, length: int) -> float:
+    """Factor on a group opened at step `start`: linear from 1/length to 1 over `length` steps."""
+    return min(1.0, (step - start + 1) / length) if length else 1.0

@@ -1,0 +1,304 @@
+"""The training loop: one place to read what happens in a run, top to bottom."""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+from deepspeed.accelerator import get_accelerator
+from torch import Tensor, nn
+
+from convclip.config import UserError
+from convclip.data.evaluation_set import EvaluationSet
+from convclip.data.loader import TrainLoader
+from convclip.data.transforms import normalize
+from convclip.distributed import all_reduce_mean, rank, world_size
+from convclip.engine.checkpoint import (
+    RunState,
+    load_checkpoint,
+    load_weights,
+    move_pointer,
+    read_state,
+    remove_old,
+    save_checkpoint,
+    save_locked,
+)
+from convclip.engine.ds_config import precision, zero_stage
+from convclip.engine.meters import RunLog, StepClock, clock, logger, memory_gib
+from convclip.engine.objective import Objective
+from convclip.engine.parameter_groups import training_stages
+from convclip.engine.rebuild import build_engine, rebuild_engine
+from convclip.engine.run_folder import check_same_engine
+from convclip.engine.schedule import group_warmup, lr_at, peak_lr, warmup_steps
+from convclip.engine.shards import clamp_parameter, optimizer_shards
+from convclip.evaluation.embedding import evaluate
+from convclip.evaluation.report import format_table
+from convclip.models.layer_groups import parameter_counts
+from convclip.schema import Recipe
+
+
+class Trainer:
+    """Trains a dual tower by a recipe under DeepSpeed; `fit()` is the run."""
+
+    def __init__(
+        self,
+        model: nn.Module,
+        recipe: Recipe,
+        ds_config: dict[str, Any],
+        loader: TrainLoader,
+        evaluation_set: EvaluationSet | None,
+        folder: Path,
+        checkpoint: Path | None = None,
+    ) -> None:
+        self.recipe, self.ds_config, self.loader, self.folder = recipe, ds_config, loader, folder
+        self.evaluation_set = evaluation_set
+        self.device = torch.device(get_accelerator().current_device_name())
+        self.dtype = precision(ds_config)
+        self.total_steps = min(loader.steps_per_epoch * recipe.epochs, recipe.max_steps or math.inf)
+        self.warmup = warmup_steps(recipe, self.total_steps)
+        self.micro_batches = ds_config["gradient_accumulation_steps"]
+        self.objective = Objective(recipe)
+        self.log = RunLog(folder, self.total_steps)
+        self.clock = StepClock()
+        self.step, self.stage, self.bad_steps, self.best = 0, 0, 0, {}
+        # Losses not yet looked at: reading one waits for the device, so it is read a step late.
+        self.unread: list[tuple[int, Tensor]] = []
+        self.stages = training_stages(model, recipe)
+        self.starts = [stage.start(loader.steps_per_epoch) for stage in self.stages]
+        self.event_starts = {
+            group.name: start
+            for stage, start in zip(self.stages, self.starts, strict=True)
+            for group in stage.opened
+            if group.event is not None
+        }
+        self._start_engine(model, checkpoint)
+
+    def fit(self) -> dict[str, Any]:
+        """Run to the last step and return the summary (also logged)."""
+        started, first_step = time.perf_counter(), self.step
+        while self.step < self.total_steps:
+            epoch, step_in_epoch = divmod(self.step, self.loader.steps_per_epoch)
+            batches = self.loader.epoch(epoch, step_in_epoch)
+            self.clock.reset()
+            for _ in range(step_in_epoch, self.loader.steps_per_epoch):
+                self._unfreeze_if_due()
+                losses, logit_scale = self._train_step(batches)
+                self.step += 1
+                self.clock.steps += 1
+                self._report_step(epoch, losses, logit_scale)
+                if self._save_due_in_epoch():
+                    self._save()
+                if self.step == self.total_steps:
+                    break
+            self._finish_epoch(epoch)
+        summary = self._summary(time.perf_counter() - started, self.step - first_step)
+        self.log.close()
+        return summary
+
+    def _train_step(self, batches: Iterator[dict[str, Any]]) -> tuple[dict[str, Tensor], Tensor]:
+        """One optimizer step; returns the losses (mean over micro batches, this rank) and exp(logit_scale)."""
+        self._set_lr()
+        total: dict[str, Tensor] = {}
+        for _ in range(self.micro_batches):
+            batch = self.clock.waiting(batches)
+            image, text = self._features(batch["image"], batch["text"])
+            image_features, text_features, logit_scale = self.engine(image, text)
+            losses = self.objective(image_features, text_features, logit_scale, batch["image_id"].to(self.device))
+            self.engine.backward(losses["total"])
+            self.engine.step()
+            for name, value in losses.items():
+                total[name] = total.get(name, 0) + value.detach() / self.micro_batches
+        clamp_parameter(self.engine, self.shards, "logit_scale", 0.0, self.recipe.optim.max_logit_scale)
+        return total, logit_scale.detach()
+
+    def _features(self, image: Tensor, text: Tensor) -> tuple[Tensor, Tensor]:
+        """Images to the device as uint8, there normalised to the model's dtype; tokens to the device."""
+        image = image.to(self.device, non_blocking=True)
+        tower = self.recipe.model.image
+        return normalize(image, tower.mean, tower.std, self.dtype), text.to(self.device, non_blocking=True)
+
+    def _set_lr(self) -> None:
+        lr = lr_at(self.step, self.total_steps, self.warmup, peak_lr(self.recipe))
+        for group in self.engine.optimizer.param_groups:
+            start = self.event_starts.get(group["name"])
+            ramp = 1.0 if start is None else group_warmup(self.step, start, self.recipe.freezing.new_warmup_steps)
+            group["lr"] = lr * group["lr_scale"] * ramp
+
+    def _unfreeze_if_due(self) -> None:
+        """Open the stages that begin before this step: the engine is rebuilt with their groups added."""
+        while self.stage + 1 < len(self.stages) and self.step >= self.starts[self.stage + 1]:
+            self.stage += 1
+            stage, started = self.stages[self.stage], time.perf_counter()
+            values = {n: self.fp32_values.pop(n) for group in stage.opened for n in group.parameters}
+            self.engine = rebuild_engine(self.engine, stage.groups, self.ds_config, self.recipe.optim, values)
+            self.shards = optimizer_shards(self.engine)
+            self._set_lr()
+            lrs = {group["name"]: group["lr"] for group in self.engine.optimizer.param_groups}
+            for event in stage.events:
+                self._report_event(event, stage, lrs, time.perf_counter() - started)
+            self.clock.reset()
+
+    def _report_event(self, event: Any, stage: Any, lrs: dict[str, float], seconds: float) -> None:
+        number = self.recipe.freezing.unfreeze.index(event)
+        groups = [group for group in stage.opened if group.event == number]
+        opened = {name for group in groups for name in group.parameters}
+        counts = {name: self.shapes[name] for name in opened}
+        amount = "all" if event.all else f"last {event.groups or event.layers} {'groups' if event.groups else 'layers'}"
+        row = {
+            "event": "unfreeze",
+            "step": self.step,
+            "epoch": self.step // self.loader.steps_per_epoch,
+            "tower": event.tower,
+            "opened": amount,
+            "parameters": sum(counts.values()),
+            "lr_scale": groups[0].lr_scale,
+        }
+        self.log.event(
+            row,
+            f"unfreeze {event.tower}: {amount}, {row['parameters']:,} parameters, "
+            f"lr {lrs[groups[0].name]:.2e} = {groups[0].lr_scale:g} x lr(step); rebuilt in {seconds:.2f} s",
+        )
+
+    def _report_step(self, epoch: int, losses: dict[str, Tensor], logit_scale: Tensor) -> None:
+        """Every `log_every` steps write the figures; in between only watch that the loss is finite."""
+        self.unread.append((self.step, losses["total"]))
+        due = self.step % self.recipe.log_every == 0 or self.step == self.total_steps
+        self._watch_losses(keep=0 if due else 1)
+        if not due:
+            return
+        parts = {f"loss_{name}": value for name, value in losses.items() if name != "total" and len(losses) > 2}
+        scaler = getattr(self.engine.optimizer, "loss_scaler", None)
+        row = {
+            "step": self.step,
+            "epoch": epoch,
+            "loss": all_reduce_mean(losses["total"]).item(),
+            **{name: all_reduce_mean(value).item() for name, value in parts.items()},
+            "lr": {group["name"]: group["lr"] for group in self.engine.optimizer.param_groups},
+            "logit_scale": logit_scale.item(),
+            "grad_norm": float(self.engine.get_global_grad_norm() or 0.0),
+            "loss_scale": scaler.cur_scale if self.dtype == torch.float16 else None,
+            "memory_gib": memory_gib(),
+            **self.clock.report(self.recipe.batch.global_),
+        }
+        self.log.metrics(row)
+
+    def _watch_losses(self, keep: int) -> None:
+        """Read all but the `keep` newest losses; UserError after max_bad_steps in a row that are NaN or infinite."""
+        while len(self.unread) > keep:
+            step, loss = self.unread.pop(0)
+            if math.isfinite(loss.item()):
+                self.bad_steps = 0
+                continue
+            self.bad_steps += 1
+            logger.warning(f"step {step}: loss is {loss.item()} ({self.bad_steps} in a row)")
+            if self.bad_steps >= self.recipe.max_bad_steps:
+                raise UserError(
+                    f"stopped at step {step}: {self.bad_steps} steps in a row without a finite loss; lower optim.lr, "
+                    f"set optim.clip_grad_norm, or use bf16 or fp32; the last good checkpoint is kept"
+                )
+
+    def _finish_epoch(self, epoch: int) -> None:
+        """After an epoch's last step (or the run's): evaluate, then save."""
+        last = self.step == self.total_steps
+        every = self.recipe.evaluation.every_epochs
+        figures = None
+        if self.evaluation_set is not None and every and (last or (epoch + 1) % every == 0):
+            figures = self._evaluate(epoch)
+        every = self.recipe.checkpoint.every_epochs
+        if every and (last or (epoch + 1) % every == 0):
+            self._save(figures)
+
+    def _evaluate(self, epoch: int) -> dict[str, Any]:
+        self.engine.eval()
+        with torch.no_grad():
+            figures = evaluate(
+                self.engine,
+                self.evaluation_set,
+                image_tower=self.recipe.model.image,
+                device=self.device,
+                dtype=self.dtype,
+                batch=self.recipe.evaluation.batch,
+                workers=self.recipe.data.workers,
+            )
+        self.engine.train()
+        row = {"step": self.step, "epoch": epoch, **figures}
+        self.log.evaluation(row, format_table(figures))
+        return figures
+
+    def _save_due_in_epoch(self) -> bool:
+        every = self.recipe.checkpoint.every_steps
+        at_epoch_end = self.step % self.loader.steps_per_epoch == 0 or self.step == self.total_steps
+        return bool(every) and self.step % every == 0 and not (at_epoch_end and self.recipe.checkpoint.every_epochs)
+
+    def _save(self, figures: dict[str, Any] | None = None) -> None:
+        """Save a checkpoint, move `latest`, and `best` where the mean standard R@1 is higher than ever."""
+        self._watch_losses(keep=0)
+        if self.bad_steps:
+            logger.warning(f"step {self.step}: not saved, the loss is not finite")
+            return
+        score = (figures["standard"]["i2t_r1"] + figures["standard"]["t2i_r1"]) / 2 if figures else -1.0
+        is_best = bool(figures) and score > self.best.get("mean_r1", -1.0)
+        if is_best:
+            self.best = {"mean_r1": score, "step": self.step, **figures["standard"]}
+        state = RunState(
+            self.step, self.stage, world_size(), zero_stage(self.ds_config), str(self.dtype), dict(self.best)
+        )
+        path = save_checkpoint(self.engine, self.folder / "checkpoints", state)
+        move_pointer(self.folder, "latest", path)
+        if is_best:
+            move_pointer(self.folder, "best", path)
+        remove_old(self.folder, self.recipe.checkpoint.keep_last)
+
+    def _start_engine(self, model: nn.Module, checkpoint: Path | None) -> None:
+        """Build the engine for stage 0, or for the checkpoint's stage, and restore it."""
+        if checkpoint is not None:
+            check_same_engine(checkpoint, world_size(), zero_stage(self.ds_config), str(self.dtype))
+            state = read_state(checkpoint)
+            load_weights(model, checkpoint)
+            self.step, self.stage, self.best = state.step, state.stage, state.best
+        if not (self.folder / "checkpoints" / "locked.safetensors").is_file():
+            save_locked(model, self.stages[0].trainable, self.folder / "checkpoints")
+        self.shapes = {name: parameter.numel() for name, parameter in model.named_parameters()}
+        ever_trained = self.stages[-1].trainable
+        self.fp32_values = {n: p.detach().clone().cpu() for n, p in model.named_parameters() if n in ever_trained}
+        trainable = self.stages[self.stage].trainable
+        counts = parameter_counts(model, trainable)
+        groups = self.stages[self.stage].groups
+        self.engine = build_engine(model, groups, self.ds_config, self.recipe.optim, self.fp32_values)
+        self.fp32_values = {n: value for n, value in self.fp32_values.items() if n not in trainable}
+        self.shards = optimizer_shards(self.engine)
+        torch.manual_seed(self.recipe.seed + rank())
+        if checkpoint is not None:
+            load_checkpoint(self.engine, checkpoint)
+            logger.info(f"resumed from {checkpoint}: {self.step} of {self.total_steps} steps done")
+        micro = self.ds_config["train_micro_batch_size_per_gpu"]
+        logger.info(
+            f"{self.recipe.name}: trainable visual {counts['visual']:,} text {counts['text']:,} total {counts['total']:,}"
+        )
+        logger.info(
+            f"micro batch {micro} x accumulation {self.micro_batches} x world {world_size()} = global batch "
+            f"{micro * self.micro_batches * world_size()}; {self.loader.steps_per_epoch} steps per epoch, "
+            f"{self.total_steps} in all"
+        )
+
+    def _summary(self, seconds: float, steps: int) -> dict[str, Any]:
+        samples = steps * self.recipe.batch.global_
+        best = self.best
+        summary = {
+            "steps": steps,
+            "seconds": seconds,
+            "samples_per_s": samples / max(seconds, 1e-9),
+            "memory_gib": memory_gib(),
+            "best": best,
+        }
+        recall = f"best I2T R@1 {best['i2t_r1']:.2f} T2I R@1 {best['t2i_r1']:.2f} at step {best['step']}" if best else "not evaluated"
+        logger.info(
+            f"done: {steps} steps in {clock(seconds)}, {summary['samples_per_s']:.1f} samples/s, "
+            f"peak memory {summary['memory_gib']:.2f} GiB; {recall}"
+        )
+        logger.info(f"next: deepspeed launch/evaluate.py --checkpoint {self.folder} --data … --output_dir …")
+        return summary

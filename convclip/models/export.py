@@ -1,0 +1,130 @@
+"""Export: a folder that unmodified open_clip loads with `create_model_and_transforms("local-dir:FOLDER")`.
+
+GPT-2 with its MLP projection has no counterpart there, and is exported as safetensors under our own names only:
+open_clip's native text transformer ends in one linear map (`text_projection`), and its HFTextEncoder builds GPT2Model
+with an argument that class refuses (`add_pooling_layer`) and has no pooler for the end token (checked on 3.3.0).
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from open_clip.model import CLIP
+from pydantic import ValidationError
+from safetensors import SafetensorError
+from safetensors.torch import save_file
+from torch import Tensor
+
+from convclip import schema
+from convclip.models.dual_tower import DualTower, build_model
+from convclip.models.image_tower import resnet_sizes
+from convclip.models.weights import CONFIG_FILE, load_exact
+from convclip.schema import UserError
+
+OUR_CONFIG = "convclip_model.json"
+# schema.ImageTower.head -> open_clip's (timm_pool, timm_proj)
+_HEADS = {"attention_pool": ("abs_attn", ""), "attention_pool_linear": ("abs_attn", "linear")}
+_AVERAGE = ("", "linear")
+
+
+@dataclass(frozen=True)
+class Export:
+    """The folder written, whether open_clip loads it, and what its user must know (may be empty)."""
+
+    folder: Path
+    for_open_clip: bool
+    note: str
+
+
+def export_open_clip(model: DualTower, config: schema.Model, folder: str | Path) -> Export:
+    """Write `model`, built from `config` and holding all its weights, to a new `folder`; whole or not at all.
+
+    Always holds convclip_model.json for `load_export`, and the weights; for open_clip also open_clip_config.json.
+    Errors: UserError when the folder holds files, cannot be written, or open_clip would build another model.
+    """
+    folder = Path(folder)
+    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+        raise UserError(f"{folder}: already holds files, name a new folder")
+    for_open_clip = config.text.kind == "clip"
+    tensors = {name: value.detach().cpu().contiguous() for name, value in model.state_dict().items()}
+    files = {OUR_CONFIG: config.model_dump(mode="json")}
+    note = ""
+    if for_open_clip:
+        files[CONFIG_FILE] = open_clip_config(config)
+        tensors = _open_clip_tensors(tensors, files[CONFIG_FILE]["model_cfg"])
+        if config.text.tokenizer != "open_clip":
+            note = f"open_clip will look for the tokenizer {config.text.tokenizer} in the folder: copy its files there"
+    else:
+        note = "GPT-2 with an MLP projection is no open_clip text tower: exported as safetensors, for convclip only"
+    _write(folder, files, tensors, "open_clip_model.safetensors" if for_open_clip else "model.safetensors")
+    return Export(folder, for_open_clip, note)
+
+
+def load_export(folder: str | Path) -> tuple[DualTower, schema.Model]:
+    """The model of an exported folder, in eval mode, and its configuration. Errors: UserError when it is no export."""
+    path = Path(folder) / OUR_CONFIG
+    try:
+        config = schema.Model.model_validate_json(path.read_text(encoding="utf-8"))
+    except (OSError, UnicodeDecodeError, ValidationError) as error:
+        raise UserError(f"{path}: no model configuration of an export: {str(error).splitlines()[0]}") from None
+    model = build_model(config)
+    load_exact(model, folder)
+    return model.eval(), config
+
+
+def open_clip_config(config: schema.Model) -> dict[str, Any]:
+    """What open_clip_config.json says of a model with CLIP text: {"model_cfg", "preprocess_cfg"}."""
+    image, text = config.image, config.text
+    sizes = resnet_sizes(image.backbone)
+    if sizes is not None:
+        vision = {**sizes, "image_size": image.image_size}
+    else:
+        pool, projection = _HEADS.get(image.head, _AVERAGE)
+        vision = {"timm_model_name": image.backbone, "timm_model_pretrained": False, "image_size": image.image_size}
+        vision |= {"timm_pool": pool, "timm_proj": projection, "timm_drop": 0.0}
+        if image.drop_path:
+            vision["timm_drop_path"] = image.drop_path
+    names = ("context_length", "vocab_size", "width", "heads", "layers")
+    text_cfg: dict[str, Any] = {name: getattr(text, name) for name in names}
+    if text.tokenizer != "open_clip":
+        text_cfg["hf_tokenizer_name"] = text.tokenizer
+    preprocess = {"mean": list(image.mean), "std": list(image.std)}
+    preprocess |= {"interpolation": "bicubic", "resize_mode": "shortest"}
+    model_cfg = {"embed_dim": config.embed_dim, "vision_cfg": vision, "text_cfg": text_cfg}
+    return {"model_cfg": model_cfg, "preprocess_cfg": preprocess}
+
+
+def _open_clip_tensors(tensors: dict[str, Tensor], model_cfg: dict[str, Any]) -> dict[str, Tensor]:
+    """Tensors under the names of open_clip's CLIP, checked against the model it will build."""
+    renamed = {name.removeprefix("text."): value for name, value in tensors.items()}
+    renamed["logit_scale"] = renamed["logit_scale"].reshape(())
+    refusal = "open_clip builds this backbone differently, so it cannot be exported to it:"
+    try:
+        with torch.device("meta"):
+            theirs = CLIP(**model_cfg).state_dict()
+    except (AssertionError, RuntimeError, TypeError) as error:
+        raise UserError(f"{refusal} {type(error).__name__} {error}".strip()) from None
+    wrong = sorted(theirs.keys() ^ renamed.keys())
+    wrong += sorted(name for name in theirs.keys() & renamed.keys() if theirs[name].shape != renamed[name].shape)
+    if wrong:
+        raise UserError(f"{refusal} {wrong[0]}")
+    return renamed
+
+
+def _write(folder: Path, files: dict[str, dict[str, Any]], tensors: dict[str, Tensor], weights: str) -> None:
+    part = folder.with_name(folder.name + ".part")
+    try:
+        shutil.rmtree(part, ignore_errors=True)
+        part.mkdir(parents=True)
+        for name, content in files.items():
+            (part / name).write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
+        save_file(tensors, part / weights, metadata={"format": "pt"})
+        os.replace(part, folder)
+    except (OSError, SafetensorError) as error:
+        raise UserError(f"{folder} cannot be written: {str(error).splitlines()[0]}") from None

@@ -1,0 +1,53 @@
+"""The frozen reference of head alignment: a pretrained model's own average-pool head.
+
+Shapes: B batch, C channels and H.W size of the trunk's last map, D embed.
+"""
+
+from __future__ import annotations
+
+from torch import Tensor, nn
+
+from convclip import schema
+from convclip.models.weights import open_clip_names, read_weights
+from convclip.schema import UserError
+
+_NORM = "visual.trunk.head.norm"
+_PROJECTION = "visual.head.proj.weight"
+
+
+class ReferenceHead(nn.Module):
+    """Average pool, norm, linear projection: what open_clip's pretrained convnext_base_w ends with.
+
+    Its norm is its own copy, since the trunk's may be unlocked and drift. Frozen, always in eval mode.
+    """
+
+    def __init__(self, channels: int, embed_dim: int):
+        super().__init__()
+        self.norm = nn.LayerNorm(channels, eps=1e-6)  # timm's eps for ConvNeXt
+        self.proj = nn.Linear(channels, embed_dim, bias=False)
+        self.requires_grad_(False)
+        self.eval()
+
+    def forward(self, features: Tensor) -> Tensor:
+        """`visual.feature_map(images)` [B, C, H, W] -> embeddings [B, D], not normalised."""
+        return self.proj(self.norm(features.mean(dim=(2, 3))))
+
+
+def load_reference_head(config: schema.Model) -> ReferenceHead:
+    """The reference head from the open_clip checkpoint that `config` starts from.
+
+    Errors: UserError when it names none, or the checkpoint's head is no average pool + linear of the recipe's width.
+    """
+    source = config.pretrained or config.image.pretrained
+    if source is None or source == "timm":
+        raise UserError("head_alignment needs model.pretrained: an open_clip checkpoint with an average-pool head")
+    tensors = open_clip_names(read_weights(source))
+    names = (f"{_NORM}.weight", f"{_NORM}.bias", _PROJECTION)
+    if any(name not in tensors for name in names) or any(name.startswith("visual.head.pool.") for name in tensors):
+        raise UserError(f"{source}: its image head is not average pool, norm and linear: nothing to align to")
+    weight, bias, projection = (tensors[name] for name in names)
+    if projection.shape[0] != config.embed_dim:
+        raise UserError(f"{source}: its head embeds into {projection.shape[0]}, model.embed_dim is {config.embed_dim}")
+    head = ReferenceHead(projection.shape[1], config.embed_dim)
+    head.load_state_dict({"norm.weight": weight, "norm.bias": bias, "proj.weight": projection})
+    return head

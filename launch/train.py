@@ -1,0 +1,82 @@
+"""Train a recipe: `deepspeed launch/train.py --ds_config … --recipe …` (also torchrun, or plain python)."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from pathlib import Path
+
+from convclip.config import Recipe, UserError, list_recipes, load_recipe
+
+
+def parse_arguments() -> argparse.Namespace:
+    """The command line; everything else is a recipe field, reached by --set."""
+    parser = argparse.ArgumentParser(description=__doc__, allow_abbrev=False)
+    parser.add_argument("--recipe", help="name of a recipe (--list_recipes) or path of a YAML file")
+    parser.add_argument("--ds_config", help="DeepSpeed configuration (JSON): ZeRO, precision, offload")
+    parser.add_argument("--train_data", help="training shards ('train-{000000..000117}.tar') or a CSV file")
+    parser.add_argument("--val_data", help="evaluation shards or a CSV file; without it nothing is evaluated")
+    parser.add_argument("--output_dir", type=Path, help="the run's folder")
+    parser.add_argument("--resume", default="never", help="never (default), auto, or the path of a checkpoint")
+    parser.add_argument("--set", dest="overrides", action="append", default=[], metavar="KEY=VALUE")
+    parser.add_argument("--list_recipes", action="store_true", help="print the recipes and stop")
+    parser.add_argument("--plan", action="store_true", help="print what the recipe will do and stop")
+    parser.add_argument("--json", action="store_true", help="with --plan: as one JSON object")
+    parser.add_argument("--plot", type=Path, metavar="PNG", help="with --plan: draw the learning rates")
+    parser.add_argument("--local_rank", type=int, default=0, help=argparse.SUPPRESS)
+    return parser.parse_args()
+
+
+def print_recipes() -> None:
+    """One line per recipe that comes with the package."""
+    for name in list_recipes():
+        print(f"{name:<32} {load_recipe(name).description}")
+
+
+def print_plan(recipe: Recipe, as_json: bool, plot: Path | None) -> None:
+    """The plan, on a meta device: no data, no weights, no DeepSpeed."""
+    from convclip.engine.plan import format_plan, make_plan, plot_plan
+
+    plan = make_plan(recipe)
+    print(json.dumps(plan) if as_json else format_plan(plan))
+    if plot is not None:
+        plot_plan(plan, plot)
+
+
+def train(recipe: Recipe, arguments: argparse.Namespace) -> None:
+    """Build the parts and run."""
+    for flag in ("ds_config", "train_data", "output_dir"):
+        if getattr(arguments, flag) is None:
+            raise UserError(f"--{flag} is needed to train")
+    from convclip.engine.launcher import start_processes
+    from convclip.engine.run import train_recipe
+
+    start_processes()
+    train_recipe(recipe, arguments.ds_config, arguments.output_dir, arguments.resume)
+
+
+def main() -> int:
+    """Exit code 0, or 2 with one line on a user's mistake."""
+    arguments = parse_arguments()
+    try:
+        if arguments.list_recipes:
+            print_recipes()
+            return 0
+        if arguments.recipe is None:
+            raise UserError(f"--recipe is needed, one of: {', '.join(list_recipes())}, or a YAML file")
+        data = {"data.train": arguments.train_data, "data.val": arguments.val_data}
+        given = [f"{key}={json.dumps(value)}" for key, value in data.items() if value is not None]
+        recipe = load_recipe(arguments.recipe, [*arguments.overrides, *given])
+        if arguments.plan:
+            print_plan(recipe, arguments.json, arguments.plot)
+        else:
+            train(recipe, arguments)
+    except UserError as error:
+        print(f"convclip: {error}", file=sys.stderr)
+        return 2
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,143 @@
+"""What README and CONTRIBUTING tell people to type or to look at exists."""
+
+import functools
+import itertools
+import re
+import shlex
+import subprocess
+import sys
+from pathlib import Path
+
+import braceexpand
+import pytest
+
+from convclip.config import list_recipes, load_recipe
+
+REPOSITORY = Path(__file__).parent.parent
+DOCUMENTS = ("README.md", "CONTRIBUTING.md")
+# Programs that come with the environment or the system, and what may follow them.
+RUNNERS = ("python", "deepspeed", "torchrun")
+
+
+def text_of(name):
+    return (REPOSITORY / name).read_text(encoding="utf-8")
+
+
+def commands_of(text):
+    """The commands of the bash blocks of a document, continued lines joined, split as a shell would."""
+    for block in re.findall(r"^```bash\n(.*?)^```", text, re.MULTILINE | re.DOTALL):
+        for line in block.replace("\\\n", " ").splitlines():
+            if line.strip():
+                yield shlex.split(line, comments=True)
+
+
+def demo_commands():
+    """The commands that `make demo` runs once the environment is there."""
+    text = re.search(r"^demo:.*?\n(.*?)\n\n", text_of("Makefile"), re.MULTILINE | re.DOTALL)[1]
+    for line in text.replace("\\\n", " ").splitlines():
+        yield shlex.split(line.strip().removeprefix("$(RUN)"))
+
+
+COMMANDS = [command for name in DOCUMENTS for command in commands_of(text_of(name))] + list(demo_commands())
+SCRIPT_COMMANDS = [command for command in COMMANDS if command[0] in RUNNERS]
+
+
+def values_of(flag):
+    """Every value given to `flag` in any command."""
+    return [value for command in COMMANDS for name, value in itertools.pairwise(command) if name == flag]
+
+
+@functools.cache
+def help_of(script):
+    result = subprocess.run(
+        [sys.executable, script, "--help"], cwd=REPOSITORY, capture_output=True, text=True, check=False
+    )
+    assert result.returncode == 0, result.stderr
+    return result.stdout
+
+
+def test_the_documents_hold_commands():
+    programs = {command[0] for command in COMMANDS}
+    assert {"make", "python", "deepspeed"} <= programs <= {"make", *RUNNERS, "rm", "@echo"}
+    assert len(SCRIPT_COMMANDS) > 10
+
+
+@pytest.mark.parametrize("command", SCRIPT_COMMANDS, ids=lambda command: " ".join(command)[:60])
+def test_script_exists_and_knows_its_flags(command):
+    place = next(number for number, word in enumerate(command) if word.endswith(".py"))
+    script, arguments = command[place], command[place + 1 :]
+    assert (REPOSITORY / script).is_file()
+    known = set(re.findall(r"--[a-z][a-z_]*", help_of(script)))
+    flags = {word.split("=")[0] for word in arguments if word.startswith("--")}
+    assert flags <= known, f"{script} does not know {flags - known}"
+
+
+def test_make_targets_exist():
+    targets = set(re.findall(r"^([a-z]+):", text_of("Makefile"), re.MULTILINE))
+    named = {command[1] for command in COMMANDS if command[0] == "make"}
+    in_text = {name for document in DOCUMENTS for name in re.findall(r"`(?:\w+=\S+ )?make ([a-z]+)", text_of(document))}
+    assert {"demo", "test"} <= named and named | in_text <= targets
+
+
+def test_recipes_exist_and_take_the_overrides_shown():
+    for command in SCRIPT_COMMANDS:
+        words = dict(itertools.pairwise(command))
+        overrides = [value for flag, value in itertools.pairwise(command) if flag == "--set"]
+        if "--recipe" in words and words["--recipe"] != "NAME":
+            load_recipe(words["--recipe"], overrides)
+    for recipe, override in (
+        ("base_absattn_distill_frozen", "teacher=null"),
+        ("base_absattn_headalign", "head_alignment=null"),
+    ):
+        assert f"--set {override}" in text_of("README.md") and load_recipe(recipe, [override])
+
+
+def test_the_recipe_table_is_the_list_of_recipes():
+    recipes = text_of("README.md").split("## Recipes")[1].split("\n## ")[0]
+    first_table = recipes.split("|---|", 1)[1].split("\n\n")[0]
+    assert set(re.findall(r"^\| `(\w+)` ", first_table, re.MULTILINE)) == set(list_recipes())
+
+
+@pytest.mark.parametrize("name", list_recipes())
+def test_the_recipe_table_holds_the_recipes_numbers(name):
+    row = next(line for line in text_of("README.md").splitlines() if line.startswith(f"| `{name}` "))
+    *_, opens, lr, epochs, warmup = (cell.strip() for cell in row.strip("|").split("|"))
+    recipe = load_recipe(name)
+    assert (float(lr), int(epochs), int(warmup)) == (recipe.optim.lr, recipe.epochs, recipe.optim.warmup_steps)
+    for event in recipe.freezing.unfreeze:
+        amount = event.groups or event.layers
+        assert (str(amount) if amount else event.tower) in opens and f"at {event.epoch}" in opens
+
+
+def test_ds_configs_named_exist_and_all_are_named():
+    named = set(re.findall(r"ds_configs/\w+\.json", text_of("README.md")))
+    assert named == {str(path.relative_to(REPOSITORY)) for path in REPOSITORY.glob("ds_configs/*.json")}
+    assert set(values_of("--ds_config")) <= named
+
+
+def test_brace_patterns_expand_to_numbered_shards():
+    patterns = values_of("--train_data") + values_of("--val_data") + values_of("--data")
+    assert sum("{" in pattern for pattern in patterns) >= 4
+    for pattern in patterns:
+        shards = list(braceexpand.braceexpand(pattern))
+        assert not any(set(shard) & set("{},") for shard in shards)
+        if "{" in pattern:
+            assert len(shards) > 1 and len({len(shard) for shard in shards}) == 1
+
+
+def test_coco_patterns_cover_the_data_set():
+    # 118,287 and 5,000 images, 1,000 in a shard by default.
+    assert {len(list(braceexpand.braceexpand(p))) for p in values_of("--train_data") if p.startswith("shards/")} == {
+        119
+    }
+    assert {len(list(braceexpand.braceexpand(p))) for p in values_of("--val_data") if p.startswith("shards/")} == {5}
+
+
+@pytest.mark.parametrize("document", DOCUMENTS)
+def test_paths_in_the_text_exist(document):
+    text = text_of(document)
+    folders = "convclip|ds_configs|launch|tools|tests|benchmarks|.ci"
+    named = set(re.findall(rf"`((?:{folders})/[\w./]*)`", text)) | set(re.findall(r"\]\((\w+(?:\.md)?)\)", text))
+    named |= set(re.findall(r"`(\w+\.(?:md|txt|toml)|setup\.py|Makefile)`", text))
+    assert named
+    assert not [path for path in sorted(named) if not (REPOSITORY / path).exists()]
