@@ -29,7 +29,7 @@ import torch
 from PIL import Image
 from tqdm import tqdm
 
-from convclip.data.video import FRAMES, VideoError, pad_frames, read_clip
+from convclip.data.video import FRAMES, VideoError, read_clip
 from convclip.schema import UserError
 
 VERSION = 1
@@ -141,13 +141,15 @@ class FrameStore:
             reason = self.skipped.get(video_id, "it was not among the videos decoded")
             raise UserError(f"frame store {self.folder} has no video {video_id}: {reason}")
         shard, start, lengths = self.places[video_id]
+        frames = np.zeros((self.settings.frames, 3, self.settings.size, self.settings.size), np.uint8)
         # One read for a video: its members lie behind one another.
         ends = list(_member_ends(lengths))
         block = os.pread(self._file(shard), ends[-1], start)
         try:
-            pictures = [_from_jpeg(block[end - length : end]) for end, length in zip(ends, lengths, strict=True)]
-            return pad_frames(torch.stack(pictures), self.settings.frames)
-        except (OSError, RuntimeError, SyntaxError) as error:
+            for frame, end, length in zip(frames, ends, lengths, strict=False):
+                frame[:] = _from_jpeg(block[end - length : end])
+            return torch.from_numpy(frames), len(lengths)
+        except (OSError, ValueError, SyntaxError) as error:
             place = self.folder / self.shards[shard]
             raise UserError(f"{place}: video {video_id} is damaged ({error}): write it again") from None
 
@@ -233,9 +235,9 @@ def _member_ends(lengths: list[int]) -> Iterator[int]:
         at += TAR_BLOCK + -(-length // TAR_BLOCK) * TAR_BLOCK
 
 
-def _from_jpeg(data: bytes) -> torch.Tensor:
-    picture = np.array(Image.open(io.BytesIO(data), formats=("JPEG",)).convert("RGB"))
-    return torch.from_numpy(picture).permute(2, 0, 1)
+def _from_jpeg(data: bytes) -> np.ndarray:
+    """uint8 [3, S, S], a view."""
+    return np.asarray(Image.open(io.BytesIO(data), formats=("JPEG",))).transpose(2, 0, 1)
 
 
 def _make_folder(folder: Path, settings: FrameSettings, names: list[str], videos_per_shard: int) -> None:
