@@ -182,7 +182,7 @@ def one_rank():
     weights = inputs[3].masked_fill(~mask[own], -math.inf).softmax(-1)
     parts = teachclip_loss(*inputs[:3], weights, [teacher], mask[own])
     parts["total"].backward()
-    return {name: float(value) for name, value in parts.items()}, [x.grad for x in inputs]
+    return {name: value.item() for name, value in parts.items()}, [x.grad for x in inputs]
 
 
 def test_two_ranks_equal_one():
