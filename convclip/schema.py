@@ -31,7 +31,7 @@ class ImageTower(Section):
     """The image tower. `head` is what turns the backbone's feature map into an embedding.
 
     `attention_pool`: timm AttentionPool2d straight to the embedding width (open_clip's `abs_attn`).
-    `attention_pool_linear`: the same at trunk width, then a linear projection without bias.
+    `attention_pool_linear`: the same, then a linear projection without bias.
     `average_linear`: average pool, norm, linear projection (open_clip's pretrained convnext_base_w).
     open_clip's ResNets (RN50, RN101, …) have an attention pool of their own and take `attention_pool` only.
     """
@@ -126,6 +126,8 @@ class Batch(Section):
     global_: int = Field(384, alias="global", gt=0)
     accumulation: int = Field(1, gt=0)
     micro: int | None = Field(None, gt=0)
+    # A chunked step keeps what the frozen part of the image tower gave, up to this much, instead of running it twice.
+    keep_frozen_gib: float = Field(4.0, ge=0)
 
     @model_validator(mode="after")
     def _one_way(self) -> Batch:

@@ -183,7 +183,10 @@ def write_split(folder: Path, split: str, scenes: list[Scene], first_id: int, si
         name = f"{image_id:012d}.jpg"
         (folder / split / name).write_bytes(picture(scene, size))
         images.append({"id": image_id, "file_name": name, "width": size, "height": size})
-        for index, caption in enumerate(captions(scene)):
+        wordings = captions(scene)
+        # Readers take the k-th captions of all pictures together: no wording should stand at one place only.
+        random.Random(image_id).shuffle(wordings)
+        for index, caption in enumerate(wordings):
             annotations.append({"id": image_id * 5 + index, "image_id": image_id, "caption": caption})
     text = json.dumps({"info": info, "images": images, "annotations": annotations})
     (folder / "annotations" / f"captions_{split}.json").write_text(text, encoding="utf-8")

@@ -15,6 +15,7 @@ from tqdm import tqdm
 from convclip.data.loader import Transform, open_source, plain_worker_errors
 from convclip.data.samples import BrokenSample, Captions, SampleSource, check_image, decode_image
 from convclip.data.tokenizers import Tokenizer
+from convclip.data.transforms import stack_images
 from convclip.schema import Data, UserError
 
 # Index of a row that only fills a batch.
@@ -141,7 +142,7 @@ class _Images(Dataset):
         self.source, self.images, self.transform, self.max_pixels = source, images, transform, max_pixels
 
     def __getitem__(self, numbers: list[int]) -> torch.Tensor:
-        return torch.stack([self._read(self.images[number]) for number in numbers])
+        return stack_images([self._read(self.images[number]) for number in numbers])
 
     def _read(self, image: int) -> torch.Tensor:
         name = self.source.name(image)

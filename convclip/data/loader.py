@@ -21,6 +21,7 @@ from convclip.data.order import EpochOrder, epoch_order, micro_batch, rows_per_e
 from convclip.data.samples import BrokenSample, SampleSource, decode_image
 from convclip.data.shard_table import ShardTable
 from convclip.data.tokenizers import Tokenizer
+from convclip.data.transforms import stack_images
 from convclip.schema import Batch, Data, UserError
 
 Transform = Callable[[Image.Image, np.random.Generator], torch.Tensor]
@@ -195,7 +196,7 @@ class MicroBatches(Dataset):
             image_ids.append(image_id)
             caption_ids.append(caption_id)
         return {
-            "image": torch.stack(images),
+            "image": stack_images(images),
             "text": self.tokenizer(texts),
             "image_id": torch.tensor(image_ids, dtype=torch.int64),
             "caption_id": torch.tensor(caption_ids, dtype=torch.int64),

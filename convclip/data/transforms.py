@@ -67,13 +67,15 @@ def random_crop_box(
     width, height = size
     low, high = math.log(CROP_RATIO[0]), math.log(CROP_RATIO[1])
     for _ in range(CROP_ATTEMPTS):
-        area = width * height * generator.uniform(*scale)
-        ratio = math.exp(generator.uniform(low, high))
+        # Four numbers in one call: a call costs more than a number.
+        share, shape, across, down = generator.random(4).tolist()
+        area = width * height * (scale[0] + share * (scale[1] - scale[0]))
+        ratio = math.exp(low + shape * (high - low))
         crop_width = round(math.sqrt(area * ratio))
         crop_height = round(math.sqrt(area / ratio))
         if 0 < crop_width <= width and 0 < crop_height <= height:
-            top = int(generator.integers(0, height - crop_height + 1))
-            left = int(generator.integers(0, width - crop_width + 1))
+            left = int(across * (width - crop_width + 1))
+            top = int(down * (height - crop_height + 1))
             return left, top, crop_width, crop_height
     crop_width, crop_height = width, height
     if width / height < CROP_RATIO[0]:
@@ -83,23 +85,32 @@ def random_crop_box(
     return (width - crop_width) // 2, (height - crop_height) // 2, crop_width, crop_height
 
 
+def stack_images(images: list[torch.Tensor]) -> torch.Tensor:
+    """Pictures uint8 [C, S, S] from a transform as one uint8 [B, C, S, S], stored as they are: channels last.
+
+    Bringing the channels to the front costs a data worker a tenth of a millisecond per picture and the device
+    nothing, so `normalize` does it.
+    """
+    return torch.stack([image.permute(1, 2, 0) for image in images]).permute(0, 3, 1, 2)
+
+
 def normalize(
     images: torch.Tensor,
     mean: tuple[float, float, float],
     std: tuple[float, float, float],
     dtype: torch.dtype = torch.float32,
 ) -> torch.Tensor:
-    """uint8 [B, C, S, S] (0..255) to `dtype` [B, C, S, S] = (x / 255 - mean) / std, on the images' device.
+    """uint8 [B, C, S, S] (0..255) to contiguous `dtype` [B, C, S, S] = (x / 255 - mean) / std, on the images' device.
 
     Computed in float32 in the order of ToTensor and Normalize, so that the result equals open_clip's bit for bit.
     """
     shape = (-1, 1, 1)
     mean_C11 = torch.tensor(mean, dtype=torch.float32, device=images.device).view(shape)
     std_C11 = torch.tensor(std, dtype=torch.float32, device=images.device).view(shape)
-    return images.to(torch.float32).div_(255).sub_(mean_C11).div_(std_C11).to(dtype)
+    images = images.to(torch.float32, memory_format=torch.contiguous_format)
+    return images.div_(255).sub_(mean_C11).div_(std_C11).to(dtype)
 
 
 def _to_tensor(image: Image.Image) -> torch.Tensor:
-    """A picture of any mode as contiguous uint8 [C, H, W]."""
-    pixels = np.array(image if image.mode == "RGB" else image.convert("RGB"))
-    return torch.from_numpy(pixels).permute(2, 0, 1).contiguous()
+    """A picture of any mode as uint8 [C, H, W], a view of its pixels in the order Pillow has them."""
+    return torch.from_numpy(np.array(image if image.mode == "RGB" else image.convert("RGB"))).permute(2, 0, 1)

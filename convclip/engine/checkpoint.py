@@ -1,8 +1,9 @@
-"""Checkpoints: this rank's optimizer shards as plain tensors in safetensors, in a folder that appears whole or not at all.
+"""Checkpoints: this rank's optimizer shards as plain tensors, in a folder that appears whole or not at all.
 
-`checkpoints/step-00001000/` holds `rank-00000.safetensors` … (masters, Adam state, random state, buffers, and where each
-piece of each parameter stands) and `state.json`. It is written as `….part`, renamed by rank 0 after every rank has
-written, and only then does `latest` move. Weights that never train are written once, to `checkpoints/locked.safetensors`.
+`checkpoints/step-00001000/` holds `rank-00000.safetensors` … (masters, Adam state, random state, buffers, and where
+each piece of each parameter stands) and `state.json`. It is written as `….part`, renamed by rank 0 after every rank
+has written, and only then does `latest` move. Weights that do not train at the start of the run are written once, to
+`checkpoints/locked.safetensors`.
 """
 
 from __future__ import annotations
@@ -23,7 +24,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from convclip.config import UserError
-from convclip.distributed import barrier, gather_objects, is_main, rank, world_size
+from convclip.distributed import barrier, gather_objects, is_main, rank
 from convclip.engine.rebuild import OptimizerSnapshot, restore_snapshot, take_snapshot
 from convclip.engine.shards import is_replicated, optimizer_shards
 
@@ -151,7 +152,9 @@ def load_weights(model: nn.Module, path: Path) -> None:
         if name in weights and weights[name].shape != value.shape
     ]
     if problems:
-        raise UserError(f"{path} is a checkpoint of another model: {'; '.join(problems[:3])} ({len(problems)} differences)")
+        raise UserError(
+            f"{path} is a checkpoint of another model: {'; '.join(problems[:3])} ({len(problems)} differences)"
+        )
     model.load_state_dict(weights)
 
 

@@ -46,7 +46,7 @@ def resolve_ds_config(values: dict[str, Any], recipe: Recipe, world: int) -> dic
     for key, (field, value) in wanted.items():
         given = resolved.get(key, "auto")
         if given not in ("auto", value):
-            raise UserError(f"ds_config {key} is {given} but the recipe's {field} is {value}: write \"auto\" for {key}")
+            raise UserError(f'ds_config {key} is {given} but the recipe\'s {field} is {value}: write "auto" for {key}')
         resolved[key] = value
     resolved.setdefault("steps_per_print", 10**9)
     resolved.setdefault("zero_force_ds_cpu_optimizer", False)
@@ -72,7 +72,9 @@ def _check_precision(ds_config: dict[str, Any]) -> None:
             raise UserError("ds_config has fp16 with ZeRO stage 0, which DeepSpeed computes wrongly: use stage 1")
         if not get_accelerator().is_fp16_supported():
             name = get_accelerator().device_name()
-            raise UserError(f"ds_config asks for fp16, which the device ({name}) does not support: use a bf16 or fp32 one")
+            raise UserError(
+                f"ds_config asks for fp16, which the device ({name}) does not support: use a bf16 or fp32 one"
+            )
     if precision(ds_config) == torch.bfloat16 and not get_accelerator().is_bf16_supported():
         name = get_accelerator().device_name()
         raise UserError(f"ds_config asks for bf16, which the device ({name}) does not support: use an fp16 or fp32 one")

@@ -5,6 +5,8 @@ from __future__ import annotations
 import atexit
 import os
 import socket
+import sys
+from pathlib import Path
 
 import torch
 
@@ -14,6 +16,8 @@ ALONE = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "127.
 def start_processes() -> None:
     """Join the process group of the launcher, or form one of this process alone; picks this rank's device."""
     os.environ.setdefault("DEEPSPEED_LOG_LEVEL", "error")
+    # DeepSpeed compiles an extension with ninja, which stands beside python and may not be on the PATH.
+    os.environ["PATH"] = os.pathsep.join([str(Path(sys.executable).parent), os.environ.get("PATH", "")])
     if "RANK" not in os.environ:
         # Without these DeepSpeed looks for mpi4py.
         os.environ.update(ALONE, MASTER_PORT=str(_free_port()))

@@ -45,13 +45,18 @@ class RunLog:
             return
         self._append("metrics.jsonl", row)
         self._scalars("train", row, row["step"])
-        extra = "".join(f" {key.removeprefix('loss_')} {value:.3f}" for key, value in row.items() if key[:5] == "loss_" and key != "loss_scale")
+        extra = "".join(
+            f" {key.removeprefix('loss_')} {value:.3f}"
+            for key, value in row.items()
+            if key[:5] == "loss_" and key != "loss_scale"
+        )
         scale = f" loss scale {row['loss_scale']:g}" if row.get("loss_scale") else ""
         eta = (self.total_steps - row["step"]) * row["step_seconds"]
         logger.info(
             f"step {row['step']}/{self.total_steps} epoch {row['epoch']} loss {row['loss']:.4f}{extra} "
-            f"lr {max(row['lr'].values()):.2e} logit scale {row['logit_scale']:.2f} grad norm {row['grad_norm']:.3f}{scale} "
-            f"{row['samples_per_s']:.1f} samples/s data {row['data_share']:.0%} {row['memory_gib']:.2f} GiB ETA {clock(eta)}"
+            f"lr {max(row['lr'].values()):.2e} logit scale {row['logit_scale']:.2f} "
+            f"grad norm {row['grad_norm']:.3f}{scale} {row['samples_per_s']:.1f} samples/s "
+            f"data {row['data_share']:.0%} {row['memory_gib']:.2f} GiB ETA {clock(eta)}"
         )
 
     def event(self, row: dict[str, Any], line: str) -> None:

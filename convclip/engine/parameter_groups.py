@@ -65,7 +65,9 @@ def training_stages(model: nn.Module, recipe: Recipe) -> list[Stage]:
     """
     shapes = {name: parameter.ndim for name, parameter in model.named_parameters()}
     frozen = {name for tower in recipe.freezing.lock for name in locked_names(model, tower)}
-    groups = tuple(_groups((name for name in shapes if name not in frozen), shapes, recipe))
+    # The reference head of head alignment never trains, and no event opens it.
+    trains = [name for name in shapes if name not in frozen and not name.startswith("reference.")]
+    groups = tuple(_groups(trains, shapes, recipe))
     if not groups:
         raise UserError("freezing.lock leaves no parameter to train: unlock a tower")
     stages = [Stage(0, None, groups, groups)]
@@ -75,14 +77,18 @@ def training_stages(model: nn.Module, recipe: Recipe) -> list[Stage]:
             names = unlocked_names(model, event.tower, groups=event.groups, layers=event.layers, all=event.all)
             fresh = [name for name in shapes if name in set(names) & frozen]
             if not fresh:
-                raise UserError(f"freezing.unfreeze.{number} opens nothing that is still locked: remove it, or unlock more")
+                raise UserError(
+                    f"freezing.unfreeze.{number} opens nothing that is still locked: remove it, or unlock more"
+                )
             frozen -= set(fresh)
             opened += _groups(fresh, shapes, recipe, number, event.lr_scale or recipe.freezing.new_lr_scale)
         at_start = not (epoch or step)
         before = stages.pop() if at_start else stages[-1]
         begun = before.opened if at_start else ()
         stages.append(
-            Stage(epoch, step, before.groups + tuple(opened), begun + tuple(opened), tuple(event for _, event in events))
+            Stage(
+                epoch, step, before.groups + tuple(opened), begun + tuple(opened), tuple(event for _, event in events)
+            )
         )
     return stages
 

@@ -68,8 +68,8 @@ def format_plan(plan: dict[str, Any]) -> str:
     lines += [f"  {line}" for line in plan["batch"]]
     if plan["total_steps"]:
         lines.append(
-            f"  {plan['steps_per_epoch']} steps per epoch, {plan['total_steps']} in all; lr rises to {plan['peak_lr']:g} "
-            f"over {plan['warmup_steps']} steps, then follows a cosine to 0"
+            f"  {plan['steps_per_epoch']} steps per epoch, {plan['total_steps']} in all; "
+            f"lr rises to {plan['peak_lr']:g} over {plan['warmup_steps']} steps, then follows a cosine to 0"
         )
     else:
         lines.append("  steps per epoch: known once the data is (set rows_per_epoch to see the lr curve)")
@@ -106,7 +106,9 @@ def plot_plan(plan: dict[str, Any], path: Path) -> None:
         axes.plot(*zip(*points, strict=True), label=name)
     for event in curve["events"]:
         axes.axvline(event["step"], color="grey", linestyle=":", linewidth=1)
-        axes.annotate(event["label"], (event["step"], 1), xycoords=("data", "axes fraction"), rotation=90, va="top", ha="right")
+        axes.annotate(
+            event["label"], (event["step"], 1), xycoords=("data", "axes fraction"), rotation=90, va="top", ha="right"
+        )
     axes.set(xlabel="step", ylabel="learning rate", yscale="log", title=f"{plan['recipe']}: lr of each group")
     axes.legend(fontsize="small")
     part = path.with_name(path.name + ".part")
@@ -121,7 +123,9 @@ def _batch_arithmetic(recipe: Recipe) -> list[str]:
             micro, count = recipe.batch.per_rank(world)
         except UserError:
             continue
-        lines.append(f"micro batch {micro} x accumulation {count} x world {world} = global batch {micro * count * world}")
+        lines.append(
+            f"micro batch {micro} x accumulation {count} x world {world} = global batch {micro * count * world}"
+        )
     return lines
 
 
@@ -153,7 +157,7 @@ def _describe(event: Unfreeze) -> str:
 
 def _notes(recipe: Recipe, stages: list[Stage], reached: list[Stage]) -> list[str]:
     return [
-        f"unfreezing {_describe(event)} is never reached: training ends after {recipe.epochs} epochs (0 to {recipe.epochs - 1})"
+        f"unfreezing {_describe(event)} is never reached: the last epoch is {recipe.epochs - 1}"
         for stage in stages
         if stage not in reached
         for event in stage.events

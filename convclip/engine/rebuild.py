@@ -1,7 +1,7 @@
 """Building the DeepSpeed engine, and rebuilding it with more parameter groups at an unfreeze event.
 
-The rebuild moves only this rank's own shards: the optimizer's fp32 masters and Adam state are kept by reference, the old
-engine is taken apart, a new one is built with the old groups first (same parameters, same order, so the same
+The rebuild moves only this rank's own shards: the optimizer's fp32 masters and Adam state are kept by reference, the
+old engine is taken apart, a new one is built with the old groups first (same parameters, same order, so the same
 partition), and the shards are copied back. Nothing is gathered, and what was training goes on to the bit.
 """
 

@@ -7,8 +7,9 @@ from pathlib import Path
 from typing import Any
 
 from convclip.config import UserError, load_recipe
-from convclip.distributed import barrier, is_main
+from convclip.distributed import barrier, is_main, world_size
 from convclip.engine.checkpoint import read_state, write_text
+from convclip.engine.ds_config import precision, zero_stage
 from convclip.schema import Recipe
 
 # Recipe fields that a resumed run may change: they do not change what is computed.
@@ -33,7 +34,7 @@ def open_run_folder(folder: Path, recipe: Recipe, ds_config: dict[str, Any], res
 
     `resume` is `never` (a new run; the folder may not hold another), `auto` (go on from `latest` where there is one)
     or the path of a checkpoint. Errors: UserError when the folder holds a run that this would overwrite, or when the
-    recipe differs from the one being resumed.
+    recipe, world size, ZeRO stage or precision differs from what is being resumed.
     """
     checkpoint = None
     if resume == "auto" and (folder / "latest").is_file():
@@ -41,9 +42,11 @@ def open_run_folder(folder: Path, recipe: Recipe, ds_config: dict[str, Any], res
     elif resume not in ("auto", "never"):
         checkpoint = Path(resume)
     if checkpoint is None and (folder / "latest").is_file():
-        raise UserError(f"--output_dir {folder} holds another run: add --resume auto to go on with it, or name a new folder")
+        raise UserError(
+            f"--output_dir {folder} holds another run: add --resume auto to go on with it, or name a new folder"
+        )
     if checkpoint is not None:
-        read_state(checkpoint)
+        _refuse_other_engine(checkpoint, world_size(), zero_stage(ds_config), str(precision(ds_config)))
         _refuse_other_recipe(checkpoint.parent.parent / "recipe.yaml", recipe)
     if is_main():
         try:
@@ -58,8 +61,7 @@ def open_run_folder(folder: Path, recipe: Recipe, ds_config: dict[str, Any], res
     return checkpoint
 
 
-def check_same_engine(checkpoint: Path, world: int, stage: int, dtype: str) -> None:
-    """UserError when the checkpoint was made with another world size, ZeRO stage or precision, naming both."""
+def _refuse_other_engine(checkpoint: Path, world: int, stage: int, dtype: str) -> None:
     state = read_state(checkpoint)
     for what, then, now in (
         ("world size", state.world_size, world),
@@ -97,5 +99,7 @@ def _flatten(values: Any, prefix: str = "") -> dict[str, Any]:
 def _drop_after(path: Path, step: int) -> None:
     """Keep only the lines up to `step`: a resumed run writes the later ones again."""
     if path.is_file():
-        lines = [line for line in path.read_text().splitlines() if line.endswith("}") and json.loads(line)["step"] <= step]
+        lines = [
+            line for line in path.read_text().splitlines() if line.endswith("}") and json.loads(line)["step"] <= step
+        ]
         write_text(path, "".join(line + "\n" for line in lines))

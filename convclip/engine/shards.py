@@ -70,9 +70,7 @@ def optimizer_shards(engine: DeepSpeedEngine) -> list[Shard]:
     # Stage 0 keeps one master per parameter, on every rank: beside the model in bf16, the model's own weights in fp32.
     if isinstance(optimizer, FP16_UnfusedOptimizer):
         return [_whole(parameter, names, master) for parameter, master in _stage0_pairs(optimizer)]
-    return [
-        _whole(parameter, names, parameter) for group in optimizer.param_groups for parameter in group["params"]
-    ]
+    return [_whole(parameter, names, parameter) for group in optimizer.param_groups for parameter in group["params"]]
 
 
 def is_replicated(engine: DeepSpeedEngine) -> bool:

@@ -28,16 +28,17 @@ from convclip.engine.checkpoint import (
     save_locked,
 )
 from convclip.engine.ds_config import precision, zero_stage
+from convclip.engine.inputs import Inputs
 from convclip.engine.meters import RunLog, StepClock, clock, logger, memory_gib
 from convclip.engine.objective import Objective
 from convclip.engine.parameter_groups import training_stages
 from convclip.engine.rebuild import build_engine, rebuild_engine
-from convclip.engine.run_folder import check_same_engine
 from convclip.engine.schedule import group_warmup, lr_at, peak_lr, warmup_steps
 from convclip.engine.shards import clamp_parameter, optimizer_shards
+from convclip.engine.steps import accumulated_step, chunked_step
 from convclip.evaluation.embedding import evaluate
 from convclip.evaluation.report import format_table
-from convclip.models.layer_groups import parameter_counts
+from convclip.models.layer_groups import frozen_image_boundary, parameter_counts
 from convclip.schema import Recipe
 
 
@@ -100,26 +101,25 @@ class Trainer:
         return summary
 
     def _train_step(self, batches: Iterator[dict[str, Any]]) -> tuple[dict[str, Tensor], Tensor]:
-        """One optimizer step; returns the losses (mean over micro batches, this rank) and exp(logit_scale)."""
+        """One optimizer step; returns the losses (of this rank) and exp(logit_scale)."""
         self._set_lr()
-        total: dict[str, Tensor] = {}
-        for _ in range(self.micro_batches):
-            batch = self.clock.waiting(batches)
-            image, text = self._features(batch["image"], batch["text"])
-            image_features, text_features, logit_scale = self.engine(image, text)
-            losses = self.objective(image_features, text_features, logit_scale, batch["image_id"].to(self.device))
-            self.engine.backward(losses["total"])
-            self.engine.step()
-            for name, value in losses.items():
-                total[name] = total.get(name, 0) + value.detach() / self.micro_batches
+        self.objective.step = self.step
+        inputs = (self._inputs(self.clock.waiting(batches)) for _ in range(self.micro_batches))
+        if self.recipe.batch.micro is None:
+            losses, logit_scale = accumulated_step(self.engine, inputs, self.objective, self.micro_batches)
+        else:
+            keep = self.recipe.batch.keep_frozen_gib * 2**30
+            losses, logit_scale = chunked_step(
+                self.engine, inputs, self.objective, self.frozen_boundary, self.text_is_frozen, keep
+            )
         clamp_parameter(self.engine, self.shards, "logit_scale", 0.0, self.recipe.optim.max_logit_scale)
-        return total, logit_scale.detach()
+        return losses, logit_scale
 
-    def _features(self, image: Tensor, text: Tensor) -> tuple[Tensor, Tensor]:
-        """Images to the device as uint8, there normalised to the model's dtype; tokens to the device."""
-        image = image.to(self.device, non_blocking=True)
+    def _inputs(self, batch: dict[str, Any]) -> Inputs:
+        """A micro batch on the device: pictures travel as uint8 and are normalised there, in the model's dtype."""
         tower = self.recipe.model.image
-        return normalize(image, tower.mean, tower.std, self.dtype), text.to(self.device, non_blocking=True)
+        image, text, image_id = (batch[key].to(self.device, non_blocking=True) for key in ("image", "text", "image_id"))
+        return Inputs(normalize(image, tower.mean, tower.std, self.dtype), 0, text, image_id)
 
     def _set_lr(self) -> None:
         lr = lr_at(self.step, self.total_steps, self.warmup, peak_lr(self.recipe))
@@ -135,7 +135,7 @@ class Trainer:
             stage, started = self.stages[self.stage], time.perf_counter()
             values = {n: self.fp32_values.pop(n) for group in stage.opened for n in group.parameters}
             self.engine = rebuild_engine(self.engine, stage.groups, self.ds_config, self.recipe.optim, values)
-            self.shards = optimizer_shards(self.engine)
+            self._look_at_engine()
             self._set_lr()
             lrs = {group["name"]: group["lr"] for group in self.engine.optimizer.param_groups}
             for event in stage.events:
@@ -256,7 +256,6 @@ class Trainer:
     def _start_engine(self, model: nn.Module, checkpoint: Path | None) -> None:
         """Build the engine for stage 0, or for the checkpoint's stage, and restore it."""
         if checkpoint is not None:
-            check_same_engine(checkpoint, world_size(), zero_stage(self.ds_config), str(self.dtype))
             state = read_state(checkpoint)
             load_weights(model, checkpoint)
             self.step, self.stage, self.best = state.step, state.stage, state.best
@@ -270,20 +269,28 @@ class Trainer:
         groups = self.stages[self.stage].groups
         self.engine = build_engine(model, groups, self.ds_config, self.recipe.optim, self.fp32_values)
         self.fp32_values = {n: value for n, value in self.fp32_values.items() if n not in trainable}
-        self.shards = optimizer_shards(self.engine)
+        self._look_at_engine()
         torch.manual_seed(self.recipe.seed + rank())
         if checkpoint is not None:
             load_checkpoint(self.engine, checkpoint)
             logger.info(f"resumed from {checkpoint}: {self.step} of {self.total_steps} steps done")
         micro = self.ds_config["train_micro_batch_size_per_gpu"]
         logger.info(
-            f"{self.recipe.name}: trainable visual {counts['visual']:,} text {counts['text']:,} total {counts['total']:,}"
+            f"{self.recipe.name}: trainable visual {counts['visual']:,} text {counts['text']:,} "
+            f"total {counts['total']:,}"
         )
         logger.info(
             f"micro batch {micro} x accumulation {self.micro_batches} x world {world_size()} = global batch "
             f"{micro * self.micro_batches * world_size()}; {self.loader.steps_per_epoch} steps per epoch, "
             f"{self.total_steps} in all"
         )
+
+    def _look_at_engine(self) -> None:
+        """What a stage fixes: where the logit scale's master lies, and how much of the towers is frozen."""
+        self.shards = optimizer_shards(self.engine)
+        trainable = self.stages[self.stage].trainable
+        self.frozen_boundary = frozen_image_boundary(self.engine.module, trainable)
+        self.text_is_frozen = not any(name.startswith("text.") for name in trainable)
 
     def _summary(self, seconds: float, steps: int) -> dict[str, Any]:
         samples = steps * self.recipe.batch.global_
@@ -295,7 +302,11 @@ class Trainer:
             "memory_gib": memory_gib(),
             "best": best,
         }
-        recall = f"best I2T R@1 {best['i2t_r1']:.2f} T2I R@1 {best['t2i_r1']:.2f} at step {best['step']}" if best else "not evaluated"
+        recall = (
+            f"best I2T R@1 {best['i2t_r1']:.2f} T2I R@1 {best['t2i_r1']:.2f} at step {best['step']}"
+            if best
+            else "not evaluated"
+        )
         logger.info(
             f"done: {steps} steps in {clock(seconds)}, {summary['samples_per_s']:.1f} samples/s, "
             f"peak memory {summary['memory_gib']:.2f} GiB; {recall}"

@@ -23,6 +23,8 @@ class DualTower(nn.Module):
         self.text = build_text_tower(config.text, config.embed_dim)
         # Shape (1,), not (): DeepSpeed fails on parameters without a dimension.
         self.logit_scale = nn.Parameter(torch.full((1,), config.init_logit_scale))
+        # The frozen head of head alignment, where a recipe asks for one.
+        self.reference: nn.Module | None = None
 
     def encode_image(self, images: Tensor, normalize: bool = False, boundary: int = 0) -> Tensor:
         """Images [B, 3, H, W] (float, mean and std taken out) -> embeddings [B, D].
@@ -38,16 +40,27 @@ class DualTower(nn.Module):
         return _unit_length(features) if normalize else features
 
     def forward(
-        self, images: Tensor | None = None, texts: Tensor | None = None, boundary: int = 0
-    ) -> tuple[Tensor | None, Tensor | None, Tensor]:
+        self, images: Tensor | None = None, texts: Tensor | None = None, boundary: int = 0, stop: int | None = None
+    ) -> tuple[Tensor | None, ...] | Tensor:
         """(image features [B, D], text features [B, D], logit scale [1]); a tower without input gives None.
 
-        Features have unit length; the logit scale is exponentiated. `boundary` as in `encode_image`.
+        Features have unit length; the logit scale is exponentiated. `boundary` as in `encode_image`. With `stop`, only
+        what enters layer group `stop` of the image tower is computed and returned. With a `reference` head (see
+        `convclip.models.reference_head`), its embeddings of the same feature map come as a fourth item.
         """
+        if stop is not None:
+            return self.visual.forward_between(images, boundary, stop)
         # Text first: it reads its longest caption's length, which on an accelerator waits for the work queued so far.
         text_features = None if texts is None else self.encode_text(texts, normalize=True)
-        image_features = None if images is None else self.encode_image(images, normalize=True, boundary=boundary)
-        return image_features, text_features, self.logit_scale.float().exp()
+        scale = self.logit_scale.float().exp()
+        if self.reference is None:
+            image_features = None if images is None else self.encode_image(images, normalize=True, boundary=boundary)
+            return image_features, text_features, scale
+        if images is None:
+            return None, text_features, scale, None
+        features = self.visual.forward_between(images, boundary, self.visual.map_boundary)
+        image_features = self.visual.forward_from(features, self.visual.map_boundary)
+        return _unit_length(image_features), text_features, scale, _unit_length(self.reference(features.detach()))
 
     def train(self, mode: bool = True) -> DualTower:
         """As nn.Module, except that a module none of whose parameters is trainable stays in eval mode.

@@ -50,11 +50,22 @@ class CuttableTower(nn.Module):
         """Boundaries at which this tower can be cut, ascending."""
         return list(range(self.groups + 1))
 
+    @property
+    def map_boundary(self) -> int:
+        """The boundary at which `feature_map` stands: what follows is the final norm, if any, and the head."""
+        return self.groups
+
     def forward_prefix(self, images: Tensor, boundary: int) -> Tensor:
         """Images [B, 3, H, W] (float) -> the activation that enters layer group `boundary`, [B, C, H', W']."""
         layout = torch.channels_last if self.channels_last else torch.contiguous_format
         images = images.to(dtype=next(self.parameters()).dtype).contiguous(memory_format=layout)
         return self._run(self.units()[: self._unit_index(boundary)], images)
+
+    def forward_between(self, features: Tensor, boundary: int, stop: int) -> Tensor:
+        """What enters layer group `boundary` -> what enters layer group `stop`; boundary 0 takes images."""
+        if boundary == 0:
+            return self.forward_prefix(features, stop)
+        return self._run(self.units()[self._unit_index(boundary) : self._unit_index(stop)], features)
 
     def forward_from(self, features: Tensor, boundary: int) -> Tensor:
         """What `forward_prefix` gave at `boundary` -> embeddings [B, D], not normalised."""
@@ -111,6 +122,11 @@ class ImageTower(CuttableTower):
     def boundaries(self) -> list[int]:
         """Every layer group for a ConvNeXt, else [0, groups]."""
         return super().boundaries if self._is_cuttable else [0, self.groups]
+
+    @property
+    def map_boundary(self) -> int:
+        """Before a ConvNeXt's final norm, which is its last layer group."""
+        return self.groups - 1 if self._is_cuttable else self.groups
 
     def feature_map(self, images: Tensor) -> Tensor:
         """Images [B, 3, H, W] -> the trunk's last map [B, C, H', W'], before the trunk's own final norm and pool."""

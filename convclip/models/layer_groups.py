@@ -60,6 +60,15 @@ def unlocked_names(
     return [name for group in ordered[-count:] for name in group]
 
 
+def frozen_image_boundary(model: DualTower, trainable: Collection[str]) -> int:
+    """The highest boundary of the image tower below which nothing trains, and which the reference head can share."""
+    wanted = set(trainable)
+    groups = layer_groups(model, "image")
+    frozen = next((i for i, group in enumerate(groups) if not wanted.isdisjoint(group)), len(groups))
+    highest = frozen if model.reference is None else min(frozen, model.visual.map_boundary)
+    return max(boundary for boundary in model.visual.boundaries if boundary <= highest)
+
+
 def parameter_counts(model: DualTower, trainable: Collection[str]) -> dict[str, int]:
     """Numbers of parameters named in `trainable`: {"visual", "text", "total"}; logit_scale counts in the total."""
     wanted = set(trainable)

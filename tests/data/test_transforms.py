@@ -8,7 +8,7 @@ from PIL import Image
 from torchvision.transforms import InterpolationMode, RandomResizedCrop
 from torchvision.transforms import functional as F
 
-from convclip.data.transforms import EvalTransform, TrainTransform, normalize, random_crop_box
+from convclip.data.transforms import EvalTransform, TrainTransform, normalize, random_crop_box, stack_images
 from convclip.schema import ImageTower
 
 MODES = ("RGB", "L", "RGBA", "CMYK", "P", "LA", "1")
@@ -27,7 +27,7 @@ def test_train_pixels_equal_torchvision_given_the_box(mode, size):
     left, top, width, height = random_crop_box(size, (0.3, 1.0), np.random.default_rng(7))
     ours = TrainTransform(32, (0.3, 1.0))(image, np.random.default_rng(7))
     theirs = F.resized_crop(image, top, left, height, width, [32, 32], InterpolationMode.BICUBIC).convert("RGB")
-    assert ours.dtype == torch.uint8 and ours.shape == (3, 32, 32) and ours.is_contiguous()
+    assert ours.dtype == torch.uint8 and ours.shape == (3, 32, 32)
     assert torch.equal(ours, F.pil_to_tensor(theirs))
 
 
@@ -71,3 +71,10 @@ def test_normalize_to_half_is_the_rounded_float():
     full = normalize(images, TOWER.mean, TOWER.std)
     half = normalize(images, TOWER.mean, TOWER.std, torch.bfloat16)
     assert half.dtype == torch.bfloat16 and torch.equal(half, full.bfloat16()) and images.dtype == torch.uint8
+
+
+def test_stacked_pictures_are_torchs_stack_and_contiguous_once_normalised():
+    pictures = [TrainTransform(32)(_picture(40, 50 + number), np.random.default_rng(0)) for number in range(3)]
+    stacked = stack_images(pictures)
+    assert torch.equal(stacked, torch.stack(pictures)) and stacked.shape == (3, 3, 32, 32)
+    assert normalize(stacked, TOWER.mean, TOWER.std).is_contiguous()

@@ -1,0 +1,106 @@
+"""One optimizer step: with a loss per micro batch, or with one loss over chunks of a batch too large to run at once.
+
+The chunked step follows GradCache (arXiv 2101.06983). First every chunk's features are computed without gradient; the
+loss over all of them gives a gradient for each feature; then each chunk runs again, with gradient, and its features'
+cached gradients are sent back through the towers. Random state is replayed, so that drop path drops the same; what is
+frozen is not run a second time. Shapes: B rows of a micro batch or chunk, N chunks, D embed.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from typing import TypeAlias
+
+import torch
+from deepspeed import DeepSpeedEngine
+from deepspeed.accelerator import get_accelerator
+from torch import Tensor
+
+from convclip.engine.inputs import Inputs
+
+Losses: TypeAlias = dict[str, Tensor]
+# (image features, text features, logit scale, the micro batches they come from) -> losses by name, `total` among them.
+LossOf: TypeAlias = Callable[[Tensor, Tensor, Tensor, list[Inputs]], Losses]
+
+
+@dataclass
+class RandomState:
+    """State of the generators that the towers draw from."""
+
+    cpu: Tensor
+    device: Tensor | None
+
+    @classmethod
+    def now(cls) -> RandomState:
+        """The present state."""
+        on_device = get_accelerator().device_name() != "cpu"
+        return cls(torch.get_rng_state(), get_accelerator().get_rng_state() if on_device else None)
+
+    def restore(self) -> None:
+        """Draw again what was drawn after `now()`."""
+        torch.set_rng_state(self.cpu)
+        if self.device is not None:
+            get_accelerator().set_rng_state(self.device)
+
+
+def accumulated_step(
+    engine: DeepSpeedEngine, batches: Iterable[Inputs], loss_of: LossOf, count: int
+) -> tuple[Losses, Tensor]:
+    """One optimizer step over `count` micro batches, each with its own loss; (mean losses, exp(logit_scale))."""
+    mean: Losses = {}
+    for batch in batches:
+        image, text, scale, *reference = engine(*batch.model_inputs())
+        losses = loss_of(
+            image, batch.text_embedding if text is None else text, scale, [batch.with_reference(*reference)]
+        )
+        engine.backward(losses["total"])
+        engine.step()
+        for name, loss in losses.items():
+            mean[name] = mean.get(name, 0) + loss.detach() / count
+    return mean, scale.detach()
+
+
+def chunked_step(
+    engine: DeepSpeedEngine,
+    chunks: Iterable[Inputs],
+    loss_of: LossOf,
+    frozen_boundary: int,
+    text_is_frozen: bool,
+    keep_bytes: float,
+) -> tuple[Losses, Tensor]:
+    """One optimizer step over `chunks` with one loss for all of them; (losses, exp(logit_scale)).
+
+    Layer groups of the image tower below `frozen_boundary` hold nothing that trains; their output is kept for the
+    second pass while it fits `keep_bytes`.
+    """
+    kept: list[Inputs] = []
+    states, images, texts = [], [], []
+    with torch.no_grad():
+        for chunk in chunks:
+            if frozen_boundary > chunk.boundary and keep_bytes > 0:
+                features = engine(chunk.image, None, chunk.boundary, frozen_boundary)
+                keep_bytes -= features.nbytes
+                chunk = chunk.with_prefix(features, frozen_boundary)
+            states.append(RandomState.now())
+            image, text, scale, *reference = engine(*chunk.model_inputs())
+            images.append(image)
+            texts.append(chunk.text_embedding if text is None else text)
+            kept.append(chunk.with_reference(*reference))
+    after = RandomState.now()
+    leaves = [torch.cat(images), torch.cat(texts), scale]
+    leaves = [leaf.detach().requires_grad_() for leaf in leaves]
+    losses = loss_of(*leaves, kept)
+    losses["total"].backward()
+    image_gradients, text_gradients = (leaf.grad.split(len(images[0])) for leaf in leaves[:2])
+    for number, (chunk, state) in enumerate(zip(kept, states, strict=True)):
+        state.restore()
+        image, text, scale, *_ = engine(*chunk.model_inputs(without_text=text_is_frozen))
+        surrogate = (image * image_gradients[number]).sum() + (scale * leaves[2].grad).sum() / len(kept)
+        if text is not None:
+            surrogate = surrogate + (text * text_gradients[number]).sum()
+        engine.set_gradient_accumulation_boundary(number + 1 == len(kept))
+        engine.backward(surrogate, scale_wrt_gas=False)
+        engine.step()
+    after.restore()
+    return {name: loss.detach() for name, loss in losses.items()}, leaves[2].detach()

@@ -1,0 +1,161 @@
+"""Whole runs on small pictures: launchers, world sizes, kills, and the user's mistakes."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+import torch
+
+from tests.conftest import REPOSITORY
+from tests.engine.small_engine import run_ranks
+from tests.engine.small_run import arguments, launch, make_files, run, train_alone, train_here, weights_of
+
+pytestmark = pytest.mark.launch
+
+
+@pytest.fixture(scope="module")
+def files(tmp_path_factory):
+    return make_files(tmp_path_factory.mktemp("files"))
+
+
+def rows(path):
+    return [json.loads(line) for line in path.read_text().splitlines()]
+
+
+@pytest.fixture(scope="module")
+def launched(files, tmp_path_factory):
+    """One run of two ranks under the deepspeed launcher; (completed process, its folder)."""
+    output = tmp_path_factory.mktemp("runs") / "two_ranks"
+    return run(launch(2, "launch/train.py", *arguments(files, output))), output
+
+
+def test_two_ranks_under_the_deepspeed_launcher(launched):
+    done, output = launched
+    assert done.returncode == 0, done.stdout + done.stderr
+    metrics = rows(output / "metrics.jsonl")
+    steps = [row for row in metrics if "event" not in row]
+    assert [row["step"] for row in steps] == list(range(1, 25))
+    assert all(
+        {"loss", "lr", "logit_scale", "grad_norm", "samples_per_s", "data_share", "memory_gib"} <= row.keys()
+        for row in steps
+    )
+    events = [row for row in metrics if row.get("event") == "unfreeze"]
+    assert [(row["step"], row["tower"], row["opened"]) for row in events] == [
+        (6, "text", "last 1 layers"),
+        (12, "image", "last 2 groups"),
+    ]
+    evaluations = rows(output / "eval.jsonl")
+    assert [row["epoch"] for row in evaluations] == [0, 1, 2, 3]
+    assert {"i2t_r1", "t2i_r10"} <= evaluations[0]["standard"].keys() & evaluations[0]["rowwise"].keys()
+    for name in ("recipe.yaml", "ds_config.json", "train.log", "latest", "best"):
+        assert (output / name).is_file(), name
+    assert "unfreeze text: last 1 layers" in done.stdout
+    assert "next: deepspeed launch/evaluate.py" in done.stdout
+
+
+def test_lr_of_a_new_group_is_scaled_and_old_groups_keep_theirs(launched):
+    _, output = launched
+    steps = [row for row in rows(output / "metrics.jsonl") if "event" not in row]
+    before, after = steps[5]["lr"], steps[6]["lr"]
+    assert set(before) < set(after)
+    assert all(after["text.event0.decay"] == pytest.approx(0.1 * after[name]) for name in before)
+
+
+def test_evaluation_by_its_own_command_finds_the_same_figures(launched, files, tmp_path):
+    _, output = launched
+    command = launch(2, "launch/evaluate.py", "--checkpoint", str(output / "checkpoints" / "step-00000024"))
+    done = run([*command, "--data", str(files / "val-000000.tar"), "--output_dir", str(tmp_path)])
+    assert done.returncode == 0, done.stdout + done.stderr
+    (found,), (*_, trained) = rows(tmp_path / "eval.jsonl"), rows(output / "eval.jsonl")
+    assert found["standard"] == trained["standard"]
+    assert found["val_loss"] == pytest.approx(trained["val_loss"], rel=1e-5)
+
+
+def worlds_in_stages(files, folder, stages):
+    return {stage: train_here(files, f"{folder}/{stage}", stage, ("max_steps=20",))["steps"] for stage in stages}
+
+
+def test_two_ranks_equal_one_with_the_same_global_batch(files, tmp_path):
+    for world in (1, 2):
+        run_ranks(world, tmp_path / "out.pt", worlds_in_stages, str(files), str(tmp_path / f"world{world}"), range(4))
+    reference = weights_of(tmp_path / "world1" / "0")
+    for world in (1, 2):
+        for stage in range(4):
+            found = weights_of(tmp_path / f"world{world}" / str(stage))
+            worst = max((found[name] - value).abs().max().item() for name, value in reference.items())
+            assert worst <= 1e-5, f"world {world} stage {stage}: {worst}"
+
+
+def test_a_killed_run_resumes_to_the_same_weights(files, tmp_path):
+    slow = ["--set", "checkpoint.every_steps=4"]
+    whole = train_alone(*arguments(files, tmp_path / "whole", *slow))
+    assert whole.returncode == 0, whole.stdout + whole.stderr
+    killed = tmp_path / "killed"
+    command = [sys.executable, "launch/train.py", *arguments(files, killed, *slow)]
+    process = subprocess.Popen(command, cwd=REPOSITORY, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    deadline = time.monotonic() + 200
+    while not (killed / "checkpoints" / "step-00000008").exists() and time.monotonic() < deadline:
+        assert process.poll() is None, "the run ended before it could be killed"
+        time.sleep(0.01)
+    os.kill(process.pid, signal.SIGKILL)
+    process.wait()
+    again = train_alone(*arguments(files, killed, *slow, "--resume", "auto"))
+    assert again.returncode == 0, again.stdout + again.stderr
+    assert "resumed from" in again.stdout
+    expected, found = weights_of(tmp_path / "whole"), weights_of(killed)
+    assert all(torch.equal(found[name], value) for name, value in expected.items())
+    steps = [row["step"] for row in rows(killed / "metrics.jsonl") if "event" not in row]
+    assert steps == list(range(1, 25))
+
+
+@pytest.mark.parametrize(
+    ("more", "words"),
+    [
+        (["--train_data", "nowhere/train-{000000..000003}.tar"], ["nowhere"]),
+        (["--set", "batch.accumulation=3"], ["batch.global 4", "accumulation 3"]),
+        (["--ds_config", "ds_configs/zero1_fp16.json"], ["fp16", "does not support"]),
+        (["--resume", "nowhere/step-00000001"], ["nowhere/step-00000001", "not a convclip checkpoint"]),
+        (["--set", "optim.lr=1e20", "--set", "max_bad_steps=2"], ["stopped at step", "2 steps in a row"]),
+        (["--set", "batch.global=4000"], ["rows", "batch.global"]),
+    ],
+)
+def test_mistakes_get_one_line_and_exit_code_2(files, tmp_path, more, words):
+    done = train_alone(*arguments(files, tmp_path / "run", *more))
+    assert done.returncode == 2, done.stdout + done.stderr
+    assert "Traceback" not in done.stderr
+    last = done.stderr.strip().splitlines()[-1]
+    assert all(word in last for word in words), last
+
+
+def test_a_folder_that_holds_another_run_is_kept(launched, files):
+    _, output = launched
+    before = (output / "metrics.jsonl").read_text()
+    for more, words in [
+        ([], ["holds another run", "--resume auto"]),
+        (["--resume", "auto", "--set", "optim.lr=2e-3"], ["recipe differs", "optim.lr was 0.001, is 0.002"]),
+        (["--resume", "auto"], ["world size 2, this run has 1"]),
+    ]:
+        done = train_alone(*arguments(files, output, *more))
+        assert done.returncode == 2, done.stdout + done.stderr
+        assert all(word in done.stderr for word in words), done.stderr
+    assert (output / "metrics.jsonl").read_text() == before
+
+
+def test_ds_config_that_contradicts_the_recipe_is_refused(files, tmp_path):
+    config = json.loads((REPOSITORY / "ds_configs" / "zero2_fp32.json").read_text())
+    path = tmp_path / "wrong.json"
+    for change, words in [
+        ({"train_batch_size": 512}, ["train_batch_size is 512", "batch.global is 4"]),
+        ({"optimizer": {"type": "Adam"}}, ["'optimizer'", "recipe's optim"]),
+        ({"gradient_clipping": 3.0}, ["gradient_clipping is 3.0", "optim.clip_grad_norm is 1.0"]),
+    ]:
+        path.write_text(json.dumps({**config, **change}))
+        done = train_alone(*arguments(files, tmp_path / "run", "--ds_config", str(path)))
+        assert done.returncode == 2
+        assert all(word in done.stderr for word in words), done.stderr

@@ -1,0 +1,79 @@
+"""Pack pictures and captions in COCO's layout into WebDataset shards with a wids index.
+
+    python tools/make_shards.py --annotations captions_train2017.json --images train2017 --output_dir coco --split train
+        [--samples_per_shard 1000] [--resize 256] [--workers N] [--seed 0] [--skip_missing]
+
+A stopped run goes on where it was when the same command is given again. Pictures that cannot be used are listed in
+<split>.skipped.jsonl; which they are: convclip/data/jpeg.py.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import sys
+from functools import partial
+from pathlib import Path
+
+from convclip.data.coco import missing_files, read_coco
+from convclip.data.jpeg import QUALITY
+from convclip.data.shard_writer import image_members, reasons, skipped_entry, write_shards
+from convclip.schema import UserError
+
+
+def make_shards(args: argparse.Namespace) -> None:
+    for name in ("samples_per_shard", "workers", "resize"):
+        value = getattr(args, name)
+        if value is not None and value < 1:
+            raise UserError(f"--{name} {value}: must be at least 1")
+    images = read_coco(args.annotations)
+    remedy = None if args.skip_missing else "check --images, or pass --skip_missing to go on without them"
+    missing = set(missing_files(images, args.images, remedy))
+    skipped = [skipped_entry(image, "missing file") for image in images if image.file_name in missing]
+    present = [image for image in images if image.file_name not in missing]
+    skipped += [skipped_entry(image, "no captions") for image in present if not image.captions]
+    written = write_shards(
+        [image for image in present if image.captions],
+        partial(image_members, folder=args.images, shorter_side=args.resize),
+        args.output_dir,
+        args.split,
+        {"kind": "image", "resize": args.resize, "quality": QUALITY},
+        skipped=skipped,
+        samples_per_shard=args.samples_per_shard,
+        seed=args.seed,
+        workers=args.workers,
+    )
+    print(
+        f"{args.output_dir}: {written.shards} {args.split} shards ({written.reused} were there), {written.samples}"
+        f" samples, {written.captions} captions, {written.size / 1e6:.1f} MB"
+    )
+    if written.skipped:
+        print(f"{reasons(written.skipped)}, see {args.output_dir / args.split}.skipped.jsonl")
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--annotations", type=Path, required=True, help="COCO captions file (.json or .json.gz)")
+    parser.add_argument("--images", type=Path, required=True, help="folder of the image files")
+    parser.add_argument("--output_dir", type=Path, required=True)
+    parser.add_argument("--split", required=True, help="name of the shards: <split>-000000.tar")
+    parser.add_argument("--samples_per_shard", type=int, default=1000)
+    parser.add_argument("--resize", type=int, help="scale the shorter side down to this many pixels; default: keep")
+    parser.add_argument("--workers", type=int, default=os.cpu_count(), help="processes; default: one per core")
+    parser.add_argument("--seed", type=int, default=0, help="of the shuffle of the samples")
+    parser.add_argument("--skip_missing", action="store_true", help="go on without image files that are missing")
+    try:
+        make_shards(parser.parse_args())
+    except UserError as error:
+        print(f"make_shards: {error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print(
+            "make_shards: interrupted; the same command goes on with the shards that are still missing", file=sys.stderr
+        )
+        return 130
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
