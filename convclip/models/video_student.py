@@ -37,9 +37,10 @@ class VideoStudent(DualTower):
 
     temporal_init `text`: blocks and positions of the temporal transformer are copied from the text tower's first
     ones, as in CLIP4Clip; what does not fit, and everything with `identity`, starts so that a video's frames pass
-    unchanged. Copied blocks add vectors of their own size to un-normalised frame features: measured with random blocks
-    of width 512, features of length 10 keep their recall, of length 1 fall from 100 to 2. `new` lists the parameters that were newly initialised. mask_padding False: padded frames take part in
-    both softmaxes, as in the original.
+    unchanged. Copied blocks add vectors of their own size to the un-normalised frame features: with random blocks of
+    width 512, features of length 10 kept their recall and features of length 1 lost it (R@1 100 to 2).
+    `new` lists the parameters that were newly initialised. mask_padding False: padded frames take part in both
+    softmaxes, as in the original.
     """
 
     def __init__(
