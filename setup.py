@@ -19,6 +19,8 @@ setup(
         "transformers>=5",
         "safetensors",
         "webdataset",
+        "braceexpand",
+        "filelock",
         "h5py",
         "pyyaml",
         "pydantic>=2",

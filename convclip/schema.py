@@ -225,6 +225,37 @@ class HeadAlignment(Section):
     end_step: int | None = Field(None, gt=0)
 
 
+class Features(Section):
+    """Work of frozen parts: `live` does it every step, `fill` does it once before the first step and stores it in the
+    run's folder, `store` reads a file of tools/extract_features.py. A recipe may write the mode alone, or a path.
+
+    With `views`, image crops are one of so many per image (1: the evaluation crop) in every mode, so that live and
+    stored runs see the same; without it, a live run draws a new crop each time.
+    """
+
+    mode: Literal["live", "fill", "store"] = "live"
+    store: str | None = None
+    views: int | None = Field(None, gt=0)
+
+    @model_validator(mode="before")
+    @classmethod
+    def _short_form(cls, values: Any) -> Any:
+        if isinstance(values, str):
+            return {"mode": values} if values in ("live", "fill") else {"mode": "store", "store": values}
+        return values
+
+    @model_validator(mode="after")
+    def _store_has_a_path(self) -> Features:
+        if (self.mode == "store") != (self.store is not None):
+            raise ValueError("mode store needs store, the path of a feature file; the other modes take none")
+        return self
+
+    @property
+    def view_count(self) -> int | None:
+        """Views per image; None draws a crop per row."""
+        return self.views or (None if self.mode == "live" else 1)
+
+
 class Loss(Section):
     """The contrastive loss. `tile` bounds the block of logits held at a time; None holds all of a rank's rows."""
 
@@ -253,7 +284,7 @@ class Recipe(Section):
 
     name: str
     description: str = ""
-    seed: int = 0
+    seed: int = Field(0, ge=0)
     epochs: int = Field(gt=0)
     # Stop after this many steps; the schedule then ends there too.
     max_steps: int | None = Field(None, gt=0)
@@ -265,6 +296,7 @@ class Recipe(Section):
     loss: Loss = Loss()
     teacher: Teacher | None = None
     head_alignment: HeadAlignment | None = None
+    features: Features = Features()
     evaluation: Evaluation = Evaluation()
     checkpoint: Checkpoint = Checkpoint()
     activation_checkpointing: bool = False

@@ -5,17 +5,19 @@ Shapes: N images, M captions, B batch, S image side, T tokens.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
+from PIL import Image
 from torch.utils.data import DataLoader, Dataset
 from tqdm import tqdm
 
 from convclip.data.loader import Transform, open_source, plain_worker_errors
 from convclip.data.samples import BrokenSample, Captions, SampleSource, check_image, decode_image
 from convclip.data.tokenizers import Tokenizer
-from convclip.data.transforms import stack_images
+from convclip.data.transforms import Views, stack_images
+from convclip.distributed import is_main
 from convclip.schema import Data, UserError
 
 # Index of a row that only fills a batch.
@@ -53,6 +55,18 @@ class EvaluationSet:
         """
         return _batches(self._images, len(self), rank, world, batch, workers)
 
+    def read_views(self, numbers: Sequence[int], views: Views, view: int, batch: int, workers: int = 0) -> Batches:
+        """View `view` of these images as (image numbers int64 [B], uint8 [B, 3, S, S]), in this order."""
+        dataset = _ImageViews(self._images, self.image_ids.tolist(), views, view)
+        return _listed(dataset, numbers, batch, workers)
+
+    def read_texts(
+        self, numbers: Sequence[int], batch: int, workers: int = 0, tokenizer: Tokenizer | None = None
+    ) -> Batches:
+        """These captions as (caption numbers int64 [B], int64 [B, T]), by `tokenizer` if it is given."""
+        dataset = self._texts if tokenizer is None else _Texts(self.captions, tokenizer)
+        return _listed(dataset, numbers, batch, workers)
+
     def text_batches(self, rank: int, world: int, batch: int, workers: int = 0) -> Batches:
         """This rank's captions as (caption numbers int64 [B], int64 [B, T]), dealt out like images."""
         return _batches(self._texts, len(self.captions), rank, world, batch, workers)
@@ -72,7 +86,8 @@ def load_evaluation_set(address: str, data: Data, transform: Transform, tokenize
     broken: list[str] = []
     images, image_ids, captions, caption_ids, image_of_text = [], [], [], [], []
     checks = _checks(source, data)
-    for image, (found, problems) in enumerate(tqdm(checks, f"checking {address}", total, unit="image", delay=2)):
+    progress = tqdm(checks, f"checking {address}", total, unit="image", delay=2, disable=not is_main())
+    for image, (found, problems) in enumerate(progress):
         broken.extend(problems)
         if found is None:
             continue
@@ -145,11 +160,29 @@ class _Images(Dataset):
         return stack_images([self._read(self.images[number]) for number in numbers])
 
     def _read(self, image: int) -> torch.Tensor:
+        return self.read(image, lambda picture: self.transform(picture, None))
+
+    def read(self, image: int, transform: Callable[[Image.Image], torch.Tensor]) -> torch.Tensor:
+        """Image `image` of the source under a transform; UserError when it broke since the check at start."""
         name = self.source.name(image)
         try:
-            return self.transform(decode_image(name, self.source.read_image(image), self.max_pixels), None)
+            return transform(decode_image(name, self.source.read_image(image), self.max_pixels))
         except (BrokenSample, ValueError) as error:
             raise UserError(f"evaluation image {name} was readable at start and is not now: {error}") from None
+
+
+class _ImageViews(Dataset):
+    """Numbers of images [B] -> uint8 [B, 3, S, S], in one of their fixed views."""
+
+    def __init__(self, images: _Images, image_ids: list[int], views: Views, view: int):
+        self.images, self.image_ids, self.views, self.view = images, image_ids, views, view
+
+    def __getitem__(self, numbers: list[int]) -> torch.Tensor:
+        return stack_images([self._read(number) for number in numbers])
+
+    def _read(self, number: int) -> torch.Tensor:
+        image_id = self.image_ids[number]
+        return self.images.read(self.images.images[number], lambda picture: self.views(picture, image_id, self.view))
 
 
 class _Texts(Dataset):
@@ -177,6 +210,14 @@ def _batches(dataset: Dataset, size: int, rank: int, world: int, batch: int, wor
             numbers[numbers >= size] = PADDING
             values[numbers == PADDING] = 0
             yield numbers, values
+
+
+def _listed(dataset: Dataset, numbers: Sequence[int], batch: int, workers: int) -> Batches:
+    """The rows of these numbers in batches, in order."""
+    plan = [[int(number) for number in numbers[first : first + batch]] for first in range(0, len(numbers), batch)]
+    with plain_worker_errors():
+        for rows, values in zip(plan, _loader(dataset, plan, workers), strict=True):
+            yield torch.tensor(rows), values
 
 
 def _loader(dataset: Dataset, plan: list, workers: int) -> DataLoader:

@@ -21,7 +21,7 @@ from convclip.data.order import EpochOrder, epoch_order, micro_batch, rows_per_e
 from convclip.data.samples import BrokenSample, SampleSource, decode_image
 from convclip.data.shard_table import ShardTable
 from convclip.data.tokenizers import Tokenizer
-from convclip.data.transforms import stack_images
+from convclip.data.transforms import Views, stack_images
 from convclip.schema import Batch, Data, UserError
 
 Transform = Callable[[Image.Image, np.random.Generator], torch.Tensor]
@@ -61,9 +61,11 @@ def plain_worker_errors() -> Iterator[None]:
 
 @dataclass(frozen=True)
 class Rows:
-    """What a worker is told: row numbers of an epoch with their images and captions (int64 [B] each)."""
+    """What a worker is told: row numbers of an epoch with their images and captions (int64 [B]), and what to read."""
 
     epoch: int
+    pixels: bool
+    text: bool
     row: np.ndarray
     image: np.ndarray
     caption: np.ndarray
@@ -75,9 +77,12 @@ class TrainLoader:
     A batch is `{"image": uint8 [B, 3, S, S], "text": int64 [B, T], "image_id": int64 [B], "caption_id": int64 [B],
     "broken": list[str]}`; `broken` names the samples that could not be used and says why. Each was replaced by
     another one drawn from (seed, epoch, row). `seen` and `broken` count this rank's samples since the loader was made.
+    With a `teacher_tokenizer`, `teacher_text` has the captions in its tokens, wherever `text` is read.
 
     Args:
         transform: `(image, numpy generator) -> uint8 [3, S, S]`; the generator is seeded by (seed, epoch, row).
+        views: fixed views per image in place of `transform`.
+        stored: ids of the images that a feature store has; others count as broken.
         pin_memory: set when an accelerator is used, so that copies to it need not wait.
 
     Raises:
@@ -94,6 +99,9 @@ class TrainLoader:
         world: int,
         seed: int,
         pin_memory: bool = False,
+        views: Views | None = None,
+        teacher_tokenizer: Tokenizer | None = None,
+        stored: frozenset[int] | None = None,
     ):
         if data.train is None:
             raise UserError("data.train is not set: name the training data with --train_data")
@@ -111,7 +119,7 @@ class TrainLoader:
         self.broken = 0
         self._plan = _Plan()
         self._loader = DataLoader(
-            MicroBatches(self.source, data, transform, tokenizer, seed),
+            MicroBatches(self.source, data, transform, tokenizer, seed, views, teacher_tokenizer, stored),
             sampler=self._plan,
             batch_size=None,
             num_workers=data.workers,
@@ -130,8 +138,10 @@ class TrainLoader:
             f"rows left out; {self.data.workers} workers per rank"
         )
 
-    def epoch(self, epoch: int, start_step: int = 0) -> Iterator[dict]:
+    def epoch(self, epoch: int, start_step: int = 0, pixels: bool = True, text: bool = True) -> Iterator[dict]:
         """This rank's micro batches of `epoch` from optimizer step `start_step` on, micro_per_step for each step.
+
+        Without `pixels` or `text` these are left out of the batches and no picture is read or caption tokenised.
 
         Raises:
             UserError: more than data.max_broken_share of the samples are broken, or a data worker died.
@@ -140,19 +150,19 @@ class TrainLoader:
             self.source.counts, self.source.shard, self.data.captions, self.data.shuffle_shards, self.seed, epoch
         )
         steps = range(start_step * self.micro_per_step, self.steps_per_epoch * self.micro_per_step)
-        self._plan.batches = [self._rows(order, epoch, index) for index in steps]
+        self._plan.batches = [self._rows(order, epoch, index, pixels, text) for index in steps]
         with plain_worker_errors():
             for number, batch in enumerate(self._loader, start=1):
                 # Before the last batch is handed out: who takes no more than he needs never comes back after it.
                 self._count(batch, is_last=number == len(self._plan))
                 yield batch
 
-    def _rows(self, order: EpochOrder, epoch: int, index: int) -> Rows:
+    def _rows(self, order: EpochOrder, epoch: int, index: int, pixels: bool, text: bool) -> Rows:
         rows = micro_batch(len(order), index, self.micro, self.rank, self.world)
-        return Rows(epoch, np.arange(rows.start, rows.stop), order.image[rows], order.caption[rows])
+        return Rows(epoch, pixels, text, np.arange(rows.start, rows.stop), order.image[rows], order.caption[rows])
 
     def _count(self, batch: dict, is_last: bool) -> None:
-        self.seen += len(batch["image"])
+        self.seen += len(batch["image_id"])
         self.broken += len(batch["broken"])
         enough = self.seen >= SAMPLES_BEFORE_STOP or is_last
         if enough and self.broken > self.data.max_broken_share * self.seen:
@@ -183,49 +193,71 @@ class _Plan:
 class MicroBatches(Dataset):
     """Rows -> batch, in the worker."""
 
-    def __init__(self, source: SampleSource, data: Data, transform: Transform, tokenizer: Tokenizer, seed: int):
+    def __init__(
+        self,
+        source: SampleSource,
+        data: Data,
+        transform: Transform,
+        tokenizer: Tokenizer,
+        seed: int,
+        views: Views | None = None,
+        teacher_tokenizer: Tokenizer | None = None,
+        stored: frozenset[int] | None = None,
+    ):
         self.source, self.data, self.seed = source, data, seed
-        self.transform, self.tokenizer = transform, tokenizer
+        self.transform, self.views, self.stored = transform, views, stored
+        self.tokenizer, self.teacher_tokenizer = tokenizer, teacher_tokenizer
 
     def __getitem__(self, rows: Rows) -> dict:
         images, texts, image_ids, caption_ids, broken = [], [], [], [], []
         for row, image, caption in zip(rows.row.tolist(), rows.image.tolist(), rows.caption.tolist(), strict=True):
-            pixels, text, image_id, caption_id = self._sample(rows.epoch, row, image, caption, broken)
+            pixels, text, image_id, caption_id = self._sample(rows, row, image, caption, broken)
             images.append(pixels)
             texts.append(text)
             image_ids.append(image_id)
             caption_ids.append(caption_id)
-        return {
-            "image": stack_images(images),
-            "text": self.tokenizer(texts),
+        batch = {
             "image_id": torch.tensor(image_ids, dtype=torch.int64),
             "caption_id": torch.tensor(caption_ids, dtype=torch.int64),
             "broken": broken,
         }
+        if rows.pixels:
+            batch["image"] = stack_images(images)
+        if rows.text:
+            batch["text"] = self.tokenizer(texts)
+            if self.teacher_tokenizer is not None:
+                batch["teacher_text"] = self.teacher_tokenizer(texts)
+        return batch
 
     def _sample(
-        self, epoch: int, row: int, image: int, caption: int, broken: list[str]
-    ) -> tuple[torch.Tensor, str, int, int]:
+        self, rows: Rows, row: int, image: int, caption: int, broken: list[str]
+    ) -> tuple[torch.Tensor | None, str, int, int]:
         """(pixels, caption, image id, caption id) of a row, or of the sample that stands in for a broken one."""
         for attempt in range(REPLACEMENTS):
             try:
-                return self._read(epoch, row, image, caption)
+                return self._read(rows, row, image, caption)
             except BrokenSample as error:
                 broken.append(str(error))
-            generator = np.random.default_rng((self.seed, epoch, row, REPLACEMENT, attempt))
+            generator = np.random.default_rng((self.seed, rows.epoch, row, REPLACEMENT, attempt))
             image = int(generator.integers(len(self.source.counts)))
             caption = int(generator.integers(self.source.counts[image]))
         raise UserError(f"{REPLACEMENTS} samples in a row are broken, the last is {broken[-1]}")
 
-    def _read(self, epoch: int, row: int, image: int, caption: int) -> tuple[torch.Tensor, str, int, int]:
+    def _read(self, rows: Rows, row: int, image: int, caption: int) -> tuple[torch.Tensor | None, str, int, int]:
         name = self.source.name(image)
         captions = self.source.read_captions(image)
         text = captions.usable(name, caption)
+        if self.stored is not None and captions.image_id not in self.stored:
+            raise BrokenSample(f"{name}: image {captions.image_id} is not in the feature store")
+        pixels = self._pixels(rows.epoch, row, image, captions.image_id, name) if rows.pixels else None
+        return pixels, text, captions.image_id, captions.ids[caption]
+
+    def _pixels(self, epoch: int, row: int, image: int, image_id: int, name: str) -> torch.Tensor:
         picture = decode_image(name, self.source.read_image(image), self.data.max_image_pixels)
-        generator = np.random.default_rng((self.seed, epoch, row, AUGMENTATION))
         try:
-            pixels = self.transform(picture, generator)
+            if self.views is not None:
+                return self.views(picture, image_id, epoch % self.views.count)
+            return self.transform(picture, np.random.default_rng((self.seed, epoch, row, AUGMENTATION)))
         # Rare pixel modes decode but cannot be resized; the picture is at fault, not the run.
         except (ValueError, OSError) as error:
             raise BrokenSample(f"{name}: {error}") from None
-        return pixels, text, captions.image_id, captions.ids[caption]

@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+import hashlib
 import io
+import json
 from dataclasses import dataclass
 from typing import Protocol
 
 import numpy as np
 from PIL import Image
+from tqdm import tqdm
+
+from convclip.distributed import is_main
 
 # Formats that Pillow decodes in-process: others (EPS) would start a program on data nobody has looked at.
 FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "GIF", "TIFF")
@@ -57,6 +62,18 @@ class SampleSource(Protocol):
 
     def read_image(self, image: int) -> bytes:
         """The image file's bytes."""
+
+
+def captions_fingerprint(source: SampleSource) -> str:
+    """SHA-256 of every image's id and captions, in order: changes when the captions do, not when pictures move."""
+    digest = hashlib.sha256()
+    for image in tqdm(range(len(source.counts)), "reading captions", delay=2, disable=not is_main()):
+        try:
+            found = source.read_captions(image)
+        except BrokenSample:
+            continue
+        digest.update(json.dumps([found.image_id, found.texts, found.ids]).encode("ascii"))
+    return digest.hexdigest()
 
 
 def open_image(name: str, data: bytes, max_pixels: int) -> Image.Image:

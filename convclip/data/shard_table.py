@@ -21,6 +21,7 @@ from tqdm import tqdm
 
 from convclip.data.samples import BrokenSample, Captions
 from convclip.data.shards import Shard, cache_folder, find_shards
+from convclip.distributed import is_main
 from convclip.schema import Data, UserError
 
 log = logging.getLogger(__name__)
@@ -44,7 +45,7 @@ class ShardTable:
     def __init__(self, address: str, data: Data):
         self.shards = find_shards(address, data)
         folder = cache_folder(data) / "tables"
-        progress = tqdm(self.shards, desc=f"reading headers of {address}", unit="shard", delay=2)
+        progress = tqdm(self.shards, desc=f"reading headers of {address}", unit="shard", delay=2, disable=not is_main())
         tables = [_table(shard, folder) for shard in progress]
         sizes = [len(table["key"]) for table in tables]
         if not sum(sizes):
@@ -159,18 +160,24 @@ def _table(shard: Shard, folder: Path) -> dict[str, np.ndarray]:
         with FileLock(f"{cached}.lock"):
             table = _load(cached)
             if table is None:
-                table = scan_shard(shard)
-                part = cached.with_suffix(".part")
-                with open(part, "wb") as output:
-                    np.savez(output, **table)
-                os.replace(part, cached)
+                table, complete = scan_shard(shard)
+                # A cut shard is walked, and warned of, each time.
+                if complete:
+                    _keep(table, cached)
     except OSError as error:
         log.warning("member tables cannot be kept in %s (%s): set data.cache_folder", folder, error)
-        table = scan_shard(shard)
+        table, _ = scan_shard(shard)
     held = len(table["key"])
     if shard.nsamples is not None and held != shard.nsamples:
         raise UserError(f"shard {shard.path} holds {held} samples, its index says {shard.nsamples}: build it again")
     return table
+
+
+def _keep(table: dict[str, np.ndarray], cached: Path) -> None:
+    part = cached.with_suffix(".part")
+    with open(part, "wb") as output:
+        np.savez(output, **table)
+    os.replace(part, cached)
 
 
 def _load(cached: Path) -> dict[str, np.ndarray] | None:
@@ -183,8 +190,8 @@ def _load(cached: Path) -> dict[str, np.ndarray] | None:
         return None
 
 
-def scan_shard(shard: Shard) -> dict[str, np.ndarray]:
-    """One walk over the headers of a tar file, reading only the caption members.
+def scan_shard(shard: Shard) -> tuple[dict[str, np.ndarray], bool]:
+    """One walk over the headers of a tar file, reading only the caption members; False where the file is cut.
 
     Returns arrays over its samples: key (bytes), image and text (int64 [n, 2]: offset, size; size -1: absent),
     text_kind (NO_TEXT, JSON, TXT) and counts (int64, captions; 1 where they cannot be read, so that the sample
@@ -206,12 +213,13 @@ def scan_shard(shard: Shard) -> dict[str, np.ndarray]:
             table["text_kind"].append(kind if table["text"][-1] != absent else NO_TEXT)
             table["counts"].append(max(1, count))
     spans = {name: np.array(table[name], dtype=np.int64).reshape(-1, 2) for name in ("image", "text")}
-    return {
+    arrays = {
         "key": np.array([key.encode(errors="surrogateescape") for key in keys], dtype=np.bytes_),
         "text_kind": np.array(table["text_kind"], dtype=np.int8),
         "counts": np.array(table["counts"], dtype=np.int64),
         **spans,
     }
+    return arrays, complete
 
 
 def _members(path: str) -> tuple[dict[str, dict[str, tuple[int, int]]], bool]:

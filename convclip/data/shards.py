@@ -21,6 +21,7 @@ from filelock import FileLock
 from tqdm import tqdm
 from webdataset.gopen import gopen
 
+from convclip.distributed import is_main
 from convclip.schema import Data, UserError
 
 WIDS_KIND = "wids-shard-index-v1"
@@ -45,6 +46,7 @@ def find_shards(address: str, data: Data) -> list[Shard]:
 
     Args:
         address: parts joined by `::`; each a tar file, a brace or glob pattern, a wids index (.json), or a URL.
+            What a URL gives is fetched once: to fetch it again, delete it from the cache folder.
         data: `allow_pipe` and `cache_folder` are read.
 
     Raises:
@@ -175,7 +177,8 @@ def _fetch_all(shards: list[Shard], data: Data) -> list[Shard]:
         raise UserError(f"cannot write to the shard cache {folder} ({error}): set data.cache_folder") from None
     with ThreadPoolExecutor(FETCHES_AT_ONCE) as pool:
         fetches = pool.map(lambda shard: _fetch(shard, folder), remote)
-        paths = dict(tqdm(fetches, desc=f"shards to {folder}", total=len(remote), unit="shard", delay=2))
+        silent = not is_main()
+        paths = dict(tqdm(fetches, f"shards to {folder}", len(remote), unit="shard", delay=2, disable=silent))
     return [replace(shard, path=paths[shard.address]) if is_url(shard.address) else shard for shard in shards]
 
 

@@ -12,9 +12,12 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 from PIL import Image
+from torch.utils.data import default_collate
 
 CROP_RATIO = (3 / 4, 4 / 3)
 CROP_ATTEMPTS = 10
+# The random stream of views; apart from those of convclip.data.order and loader.
+VIEW = 4
 
 
 @dataclass(frozen=True)
@@ -56,6 +59,32 @@ class EvalTransform:
         return _to_tensor(image.crop((left, top, left + self.size, top + self.size)))
 
 
+@dataclass(frozen=True)
+class Views:
+    """A fixed number of views of each image, for work that is done once and stored.
+
+    View v of an image is drawn from (seed, v, image id); a single view is the evaluation transform. Epoch e trains on
+    view e mod `count`.
+    """
+
+    count: int
+    seed: int
+    train: TrainTransform
+    evaluation: EvalTransform
+
+    def __call__(self, image: Image.Image, image_id: int, view: int) -> torch.Tensor:
+        """uint8 [C, S, S]."""
+        if self.count == 1:
+            return self.evaluation(image)
+        return self.train(image, np.random.default_rng((self.seed, VIEW, view, image_id % 2**63)))
+
+    def describe(self) -> str:
+        """What makes these views, for the store's identity."""
+        if self.count == 1:
+            return f"{self.evaluation}"
+        return f"{self.train}, {self.count} views, seed {self.seed}"
+
+
 def random_crop_box(
     size: tuple[int, int], scale: tuple[float, float], generator: np.random.Generator
 ) -> tuple[int, int, int, int]:
@@ -91,7 +120,8 @@ def stack_images(images: list[torch.Tensor]) -> torch.Tensor:
     Bringing the channels to the front costs a data worker a tenth of a millisecond per picture and the device
     nothing, so `normalize` does it.
     """
-    return torch.stack([image.permute(1, 2, 0) for image in images]).permute(0, 3, 1, 2)
+    # default_collate stacks right into shared memory when it runs in a data worker.
+    return default_collate([image.permute(1, 2, 0) for image in images]).permute(0, 3, 1, 2)
 
 
 def normalize(

@@ -57,6 +57,11 @@ def part_of(name: str) -> str:
     return "image" if part == "visual" else part
 
 
+def describe_amount(event: Unfreeze) -> str:
+    """`all`, `last 6 layers`, `last 4 groups`."""
+    return "all" if event.all else f"last {event.groups or event.layers} {'groups' if event.groups else 'layers'}"
+
+
 def training_stages(model: nn.Module, recipe: Recipe) -> list[Stage]:
     """Stages of `recipe` in the order they begin; `model` may live on the meta device.
 
@@ -91,6 +96,15 @@ def training_stages(model: nn.Module, recipe: Recipe) -> list[Stage]:
             )
         )
     return stages
+
+
+def reached_stages(model: nn.Module, recipe: Recipe, steps_per_epoch: int | None = None) -> list[Stage]:
+    """The stages that begin before training ends; by epochs alone where the steps of an epoch are not known."""
+    stages = training_stages(model, recipe)
+    if steps_per_epoch is None:
+        return [stage for stage in stages if stage.epoch is None or stage.epoch < recipe.epochs]
+    total = min(steps_per_epoch * recipe.epochs, recipe.max_steps or steps_per_epoch * recipe.epochs)
+    return [stage for stage in stages if stage.start(steps_per_epoch) < total]
 
 
 def _by_time(events: Iterable[Unfreeze]) -> list[tuple[tuple[int | None, int | None], list[tuple[int, Unfreeze]]]]:

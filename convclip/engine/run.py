@@ -1,58 +1,118 @@
-"""A training run from its recipe: seed, build the parts, fit."""
+"""A run from its recipe: seed, build the parts, fit; and the evaluation of a finished one."""
 
 from __future__ import annotations
 
+import json
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 from deepspeed.accelerator import get_accelerator
 
+from convclip.config import load_recipe
 from convclip.data.evaluation_set import load_evaluation_set
+from convclip.data.features import FeatureStore
 from convclip.data.loader import TrainLoader
 from convclip.data.tokenizers import build_tokenizer
 from convclip.data.transforms import EvalTransform, TrainTransform
-from convclip.distributed import rank, world_size
-from convclip.engine.ds_config import load_ds_config, resolve_ds_config
+from convclip.distributed import is_main, rank, world_size
+from convclip.engine.checkpoint import checkpoint_path, load_weights, read_state, write_text
+from convclip.engine.ds_config import load_ds_config, precision, resolve_ds_config
+from convclip.engine.extraction import PRECISIONS, expected_store, extract, initial_model
+from convclip.engine.frozen import FrozenWork, recipe_views
+from convclip.engine.inputs import InputSource
 from convclip.engine.meters import logger
 from convclip.engine.run_folder import open_run_folder
 from convclip.engine.trainer import Trainer
+from convclip.evaluation.embedding import evaluate
+from convclip.evaluation.report import format_table
 from convclip.models import build_model
-from convclip.models.weights import load_pretrained
+from convclip.models.teacher import Teacher
 from convclip.schema import Recipe, UserError
 
 
 def train_recipe(recipe: Recipe, ds_config: str | Path, folder: Path, resume: str = "never") -> dict[str, Any]:
-    """Train `recipe` in this process group and return the summary. Errors: UserError, before anything is written
-    where the mistake can be seen beforehand."""
-    if recipe.teacher or recipe.head_alignment:
-        field = "teacher" if recipe.teacher else "head_alignment"
-        raise UserError(f"recipe {recipe.name} uses {field}, which cannot be trained yet: add --set {field}=null")
+    """Train `recipe` in this process group and return the summary.
+
+    Errors: UserError.
+    """
     config = resolve_ds_config(load_ds_config(ds_config), recipe, world_size())
-    on_device = get_accelerator().device_name() != "cpu"
-    tokenizer = build_tokenizer(recipe.model.text)
-    size = recipe.model.image.image_size
-    loader = TrainLoader(
-        recipe.data,
-        recipe.batch,
-        TrainTransform(size, recipe.data.crop_scale),
-        tokenizer,
-        rank(),
-        world_size(),
-        recipe.seed,
-        pin_memory=on_device,
-    )
+    dtype, device = precision(config), torch.device(get_accelerator().current_device_name())
     evaluation_set = None
     if recipe.data.val:
-        evaluation_set = load_evaluation_set(recipe.data.val, recipe.data, EvalTransform(size), tokenizer)
+        transform = EvalTransform(recipe.model.image.image_size)
+        evaluation_set = load_evaluation_set(
+            recipe.data.val, recipe.data, transform, build_tokenizer(recipe.model.text)
+        )
     checkpoint = open_run_folder(folder, recipe, config, resume)
-    torch.manual_seed(recipe.seed)
-    model = build_model(recipe.model)
-    report = load_pretrained(model, recipe.model) if checkpoint is None else None
+    store = recipe.features.store
+    if recipe.features.mode == "fill":
+        store = folder / "features.h5"
+        extract(recipe, store, dtype)
+    loader, source = open_inputs(recipe, device, dtype, store)
+    model, report = initial_model(recipe)
     if recipe.activation_checkpointing:
         model.set_grad_checkpointing(True)
-    trainer = Trainer(model, recipe, config, loader, evaluation_set, folder, checkpoint)
-    if report is not None and report.new:
+    trainer = Trainer(model, recipe, config, loader, source, evaluation_set, folder, checkpoint)
+    if checkpoint is None and report.new:
         logger.info(f"newly initialised: {', '.join(report.new[:6])}{' …' if len(report.new) > 6 else ''}")
     logger.info(loader.describe())
     return trainer.fit()
+
+
+def open_inputs(
+    recipe: Recipe, device: torch.device, dtype: torch.dtype, store_path: str | Path | None
+) -> tuple[TrainLoader, InputSource]:
+    """The data stream, and what makes a step's inputs of it: from the store where there is one, else live."""
+    work, store, teacher = FrozenWork(0, False, False), None, None
+    if store_path is not None:
+        work, expected = expected_store(recipe, dtype)
+        store = FeatureStore(store_path, expected)
+    elif recipe.teacher is not None:
+        teacher = Teacher(recipe.teacher).to(device, dtype)
+    stored = None
+    if work.boundary:
+        stored = frozenset((store.ids("image_map") // recipe.features.view_count).tolist())
+    loader = TrainLoader(
+        recipe.data,
+        recipe.batch,
+        TrainTransform(recipe.model.image.image_size, recipe.data.crop_scale),
+        build_tokenizer(recipe.model.text),
+        rank(),
+        world_size(),
+        recipe.seed,
+        pin_memory=get_accelerator().device_name() != "cpu",
+        views=recipe_views(recipe),
+        teacher_tokenizer=teacher.tokenizer if teacher else None,
+        stored=stored,
+    )
+    return loader, InputSource(recipe, device, dtype, teacher, store, work)
+
+
+def evaluate_checkpoint(
+    place: Path, data: str, folder: Path, precision: str = "fp32", overrides: Sequence[str] = ()
+) -> dict[str, Any]:
+    """Figures of a run's best checkpoint (or the one that `place` is) on `data`, printed and written to eval.jsonl.
+
+    Any ZeRO stage and world size may have trained it. Errors: UserError names what is missing or damaged.
+    """
+    path = checkpoint_path(place)
+    recipe = load_recipe(path.parent.parent / "recipe.yaml", overrides)
+    model = build_model(recipe.model)
+    load_weights(model, path)
+    device = torch.device(get_accelerator().current_device_name())
+    model = model.to(device, PRECISIONS[precision]).eval()
+    transform = EvalTransform(recipe.model.image.image_size)
+    dataset = load_evaluation_set(data, recipe.data, transform, build_tokenizer(recipe.model.text))
+    batch, workers = recipe.evaluation.batch, recipe.data.workers
+    figures = evaluate(model, dataset, recipe.model.image, device, PRECISIONS[precision], batch, workers)
+    if is_main():
+        print(format_table(figures))
+        row = {"checkpoint": str(path), "data": data, "precision": precision, "step": read_state(path).step, **figures}
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+            write_text(folder / "eval.jsonl", json.dumps(row) + "\n")
+        except OSError as error:
+            raise UserError(f"--output_dir {folder} cannot be written: {error}") from None
+    return figures

@@ -15,7 +15,6 @@ from torch import Tensor, nn
 from convclip.config import UserError
 from convclip.data.evaluation_set import EvaluationSet
 from convclip.data.loader import TrainLoader
-from convclip.data.transforms import normalize
 from convclip.distributed import all_reduce_mean, rank, world_size
 from convclip.engine.checkpoint import (
     RunState,
@@ -28,10 +27,10 @@ from convclip.engine.checkpoint import (
     save_locked,
 )
 from convclip.engine.ds_config import precision, zero_stage
-from convclip.engine.inputs import Inputs
+from convclip.engine.inputs import Inputs, InputSource
 from convclip.engine.meters import RunLog, StepClock, clock, logger, memory_gib
 from convclip.engine.objective import Objective
-from convclip.engine.parameter_groups import training_stages
+from convclip.engine.parameter_groups import describe_amount, training_stages
 from convclip.engine.rebuild import build_engine, rebuild_engine
 from convclip.engine.schedule import group_warmup, lr_at, peak_lr, warmup_steps
 from convclip.engine.shards import clamp_parameter, optimizer_shards
@@ -51,18 +50,19 @@ class Trainer:
         recipe: Recipe,
         ds_config: dict[str, Any],
         loader: TrainLoader,
+        source: InputSource,
         evaluation_set: EvaluationSet | None,
         folder: Path,
         checkpoint: Path | None = None,
     ) -> None:
         self.recipe, self.ds_config, self.loader, self.folder = recipe, ds_config, loader, folder
-        self.evaluation_set = evaluation_set
+        self.source, self.evaluation_set = source, evaluation_set
         self.device = torch.device(get_accelerator().current_device_name())
         self.dtype = precision(ds_config)
         self.total_steps = min(loader.steps_per_epoch * recipe.epochs, recipe.max_steps or math.inf)
         self.warmup = warmup_steps(recipe, self.total_steps)
         self.micro_batches = ds_config["gradient_accumulation_steps"]
-        self.objective = Objective(recipe)
+        self.objective = Objective(recipe, source.teacher_scale)
         self.log = RunLog(folder, self.total_steps)
         self.clock = StepClock()
         self.step, self.stage, self.bad_steps, self.best = 0, 0, 0, {}
@@ -83,11 +83,13 @@ class Trainer:
         started, first_step = time.perf_counter(), self.step
         while self.step < self.total_steps:
             epoch, step_in_epoch = divmod(self.step, self.loader.steps_per_epoch)
-            batches = self.loader.epoch(epoch, step_in_epoch)
+            batches = None
             self.clock.reset()
-            for _ in range(step_in_epoch, self.loader.steps_per_epoch):
-                self._unfreeze_if_due()
-                losses, logit_scale = self._train_step(batches)
+            for number in range(step_in_epoch, self.loader.steps_per_epoch):
+                if self._unfreeze_if_due() or batches is None:
+                    # A stage may need pictures or captions that the one before had from the store.
+                    batches = self.loader.epoch(epoch, number, **self.source.wanted)
+                losses, logit_scale = self._train_step(epoch, batches)
                 self.step += 1
                 self.clock.steps += 1
                 self._report_step(epoch, losses, logit_scale)
@@ -100,11 +102,12 @@ class Trainer:
         self.log.close()
         return summary
 
-    def _train_step(self, batches: Iterator[dict[str, Any]]) -> tuple[dict[str, Tensor], Tensor]:
+    def _train_step(self, epoch: int, batches: Iterator[dict[str, Any]]) -> tuple[dict[str, Tensor], Tensor]:
         """One optimizer step; returns the losses (of this rank) and exp(logit_scale)."""
         self._set_lr()
         self.objective.step = self.step
-        inputs = (self._inputs(self.clock.waiting(batches)) for _ in range(self.micro_batches))
+        self.source.teacher_is_on = self.objective.is_on(self.recipe.teacher)
+        inputs = (self._next_inputs(epoch, batches) for _ in range(self.micro_batches))
         if self.recipe.batch.micro is None:
             losses, logit_scale = accumulated_step(self.engine, inputs, self.objective, self.micro_batches)
         else:
@@ -115,11 +118,12 @@ class Trainer:
         clamp_parameter(self.engine, self.shards, "logit_scale", 0.0, self.recipe.optim.max_logit_scale)
         return losses, logit_scale
 
-    def _inputs(self, batch: dict[str, Any]) -> Inputs:
-        """A micro batch on the device: pictures travel as uint8 and are normalised there, in the model's dtype."""
-        tower = self.recipe.model.image
-        image, text, image_id = (batch[key].to(self.device, non_blocking=True) for key in ("image", "text", "image_id"))
-        return Inputs(normalize(image, tower.mean, tower.std, self.dtype), 0, text, image_id)
+    def _next_inputs(self, epoch: int, batches: Iterator[dict[str, Any]]) -> Inputs:
+        """The next micro batch on the device; names the samples in it that were broken."""
+        batch = self.clock.waiting(batches)
+        for problem in batch["broken"]:
+            logger.warning(f"step {self.step + 1}: broken sample replaced: {problem}")
+        return self.source(batch, epoch)
 
     def _set_lr(self) -> None:
         lr = lr_at(self.step, self.total_steps, self.warmup, peak_lr(self.recipe))
@@ -128,8 +132,9 @@ class Trainer:
             ramp = 1.0 if start is None else group_warmup(self.step, start, self.recipe.freezing.new_warmup_steps)
             group["lr"] = lr * group["lr_scale"] * ramp
 
-    def _unfreeze_if_due(self) -> None:
+    def _unfreeze_if_due(self) -> bool:
         """Open the stages that begin before this step: the engine is rebuilt with their groups added."""
+        before = self.stage
         while self.stage + 1 < len(self.stages) and self.step >= self.starts[self.stage + 1]:
             self.stage += 1
             stage, started = self.stages[self.stage], time.perf_counter()
@@ -141,20 +146,20 @@ class Trainer:
             for event in stage.events:
                 self._report_event(event, stage, lrs, time.perf_counter() - started)
             self.clock.reset()
+        return self.stage > before
 
     def _report_event(self, event: Any, stage: Any, lrs: dict[str, float], seconds: float) -> None:
         number = self.recipe.freezing.unfreeze.index(event)
         groups = [group for group in stage.opened if group.event == number]
         opened = {name for group in groups for name in group.parameters}
-        counts = {name: self.shapes[name] for name in opened}
-        amount = "all" if event.all else f"last {event.groups or event.layers} {'groups' if event.groups else 'layers'}"
+        amount = describe_amount(event)
         row = {
             "event": "unfreeze",
             "step": self.step,
             "epoch": self.step // self.loader.steps_per_epoch,
             "tower": event.tower,
             "opened": amount,
-            "parameters": sum(counts.values()),
+            "parameters": sum(self.sizes[name] for name in opened),
             "lr_scale": groups[0].lr_scale,
         }
         self.log.event(
@@ -261,7 +266,7 @@ class Trainer:
             self.step, self.stage, self.best = state.step, state.stage, state.best
         if not (self.folder / "checkpoints" / "locked.safetensors").is_file():
             save_locked(model, self.stages[0].trainable, self.folder / "checkpoints")
-        self.shapes = {name: parameter.numel() for name, parameter in model.named_parameters()}
+        self.sizes = {name: parameter.numel() for name, parameter in model.named_parameters()}
         ever_trained = self.stages[-1].trainable
         self.fp32_values = {n: p.detach().clone().cpu() for n, p in model.named_parameters() if n in ever_trained}
         trainable = self.stages[self.stage].trainable
@@ -291,6 +296,7 @@ class Trainer:
         trainable = self.stages[self.stage].trainable
         self.frozen_boundary = frozen_image_boundary(self.engine.module, trainable)
         self.text_is_frozen = not any(name.startswith("text.") for name in trainable)
+        self.source.enter_stage(self.frozen_boundary, self.text_is_frozen)
 
     def _summary(self, seconds: float, steps: int) -> dict[str, Any]:
         samples = steps * self.recipe.batch.global_

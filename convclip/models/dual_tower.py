@@ -69,7 +69,8 @@ class DualTower(nn.Module):
         Call it again after changing `requires_grad`.
         """
         super().train(mode)
-        _rest_frozen(self)
+        if mode:
+            _rest_frozen(self)
         return self
 
     def set_grad_checkpointing(self, enable: bool = True) -> None:

@@ -1,0 +1,96 @@
+"""Embedding an evaluation set on all ranks, and its figures. Shapes: N images, M texts, D embed."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from typing import Any
+
+import torch
+from torch import Tensor
+from tqdm import tqdm
+
+from convclip.data.evaluation_set import PADDING, EvaluationSet
+from convclip.data.transforms import normalize
+from convclip.distributed import gather, gather_objects, is_main, rank, world_size
+from convclip.evaluation.retrieval import clip_validation_loss, rowwise_recall, standard_recall
+from convclip.schema import ImageTower
+
+# (images=…) or (texts=…) -> (image features or None, text features or None, exp(logit_scale), …), unit length.
+Encode = Callable[..., tuple[Any, ...]]
+
+
+@torch.no_grad()
+def embed(
+    encode: Encode,
+    dataset: EvaluationSet,
+    image_tower: ImageTower,
+    device: torch.device,
+    dtype: torch.dtype,
+    batch: int = 128,
+    workers: int = 0,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """(image features [N, D], text features [M, D], exp(logit_scale) [1]) in float32 on every rank.
+
+    Every rank runs the same number of batches, so that ZeRO-3's collectives stay in step.
+    """
+    place = rank(), world_size(), batch
+
+    def pictures(images: Tensor) -> Tensor:
+        pixels = normalize(images.to(device, non_blocking=True), image_tower.mean, image_tower.std, dtype)
+        return encode(images=pixels)[0]
+
+    image_batches = dataset.image_batches(*place, workers)
+    images = _embed_rows(pictures, image_batches, len(dataset), "embedding images")
+    scales: list[Tensor] = []
+
+    def captions(texts: Tensor) -> Tensor:
+        _, features, scale, *_ = encode(texts=texts.to(device, non_blocking=True))
+        scales[:] = [scale]
+        return features
+
+    texts = _embed_rows(captions, dataset.text_batches(*place, workers), len(dataset.captions), "embedding texts")
+    return images, texts, scales[0].float()
+
+
+def evaluate(
+    encode: Encode,
+    dataset: EvaluationSet,
+    image_tower: ImageTower,
+    device: torch.device,
+    dtype: torch.dtype,
+    batch: int = 128,
+    workers: int = 0,
+) -> dict[str, Any]:
+    """Figures of both protocols: {"standard", "rowwise", "val_loss", "images", "texts"}; the same on every rank.
+
+    The validation loss takes the captions in the set's order, `batch` at a time.
+    """
+    images, texts, scale = embed(encode, dataset, image_tower, device, dtype, batch, workers)
+    figures = _figures(images, texts, scale, dataset.image_of_text.to(images.device), batch) if is_main() else None
+    # Scored once: ranks that share a machine's cores would only slow one another down.
+    return gather_objects(figures)[0]
+
+
+def _figures(images: Tensor, texts: Tensor, scale: Tensor, image_of_text: Tensor, batch: int) -> dict[str, Any]:
+    return {
+        "standard": standard_recall(images, texts, image_of_text),
+        "rowwise": rowwise_recall(images, texts, image_of_text=image_of_text),
+        "val_loss": clip_validation_loss(images[image_of_text], texts, scale, batch),
+        "images": len(images),
+        "texts": len(texts),
+    }
+
+
+def _embed_rows(
+    embed_batch: Callable[[Tensor], Tensor], batches: Iterable[tuple[Tensor, Tensor]], count: int, what: str
+) -> Tensor:
+    """Rows of all ranks in the data set's order [count, D]."""
+    numbers, features = [], []
+    for indices, inputs in tqdm(batches, desc=what, disable=not is_main(), leave=False, delay=2):
+        features.append(embed_batch(inputs).float())
+        numbers.append(indices.to(features[-1].device))
+    places, rows = gather(torch.cat(numbers)), gather(torch.cat(features))
+    ordered = rows.new_empty(count, rows.shape[1])
+    real = places != PADDING
+    ordered[places[real]] = rows[real]
+    return ordered

@@ -1,0 +1,61 @@
+"""The table that people read after an evaluation. Legend: N images, T texts, k as in R@k."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from convclip.evaluation.retrieval import KS
+
+WAYS = ("i2t", "t2i")
+
+
+def format_table(figures: dict[str, Any]) -> str:
+    """Both protocols, each beside its chance level, as lines of text; `figures` is what `embedding.evaluate` gives."""
+    images, texts = figures["images"], figures["texts"]
+    header = "".join(f"{f'{way} R@{k}':>11}" for way in ("I2T", "T2I") for k in KS)
+    lines = [
+        f"{images} images, {texts} captions, validation loss {figures['val_loss']:.4f}",
+        f"{'protocol':<18}{header}{'I2T med/mean':>16}{'T2I med/mean':>16}",
+    ]
+    for protocol in ("standard", "rowwise"):
+        lines.append(_line(protocol, figures[protocol]))
+        lines.append(_line(f"{protocol} by chance", chance(protocol, images, texts)))
+    lines.append(
+        "rowwise counts an image once per caption, and only that caption is right. With five captions each, rowwise"
+    )
+    lines.append(
+        "I2T R@1 is a fifth of standard's, and rowwise T2I R@5 and R@10 are standard's T2I R@1 and R@2. Never compare"
+    )
+    lines.append("a figure of one protocol with one of the other.")
+    return "\n".join(lines)
+
+
+def chance(protocol: str, images: int, texts: int) -> dict[str, float]:
+    """The figures that random scores have on average, with the mean number of captions for every image."""
+    captions = texts / images
+    if protocol == "rowwise":
+        shares = {f"{way}_r{k}": min(1.0, k / texts) for way in WAYS for k in KS}
+        ranks = dict.fromkeys(WAYS, (texts + 1) / 2)
+    else:
+        shares = {f"t2i_r{k}": min(1.0, k / images) for k in KS}
+        shares |= {f"i2t_r{k}": _any_of(captions, texts, k) for k in KS}
+        # The best of m places drawn from T lies, on average, at the first of m + 1 equal parts.
+        ranks = {"t2i": (images + 1) / 2, "i2t": (texts + 1) / (captions + 1)}
+    return {key: 100 * share for key, share in shares.items()} | {f"{way}_mean_rank": ranks[way] for way in WAYS}
+
+
+def _any_of(right: float, texts: int, k: int) -> float:
+    """Probability that the first k of T texts in random order hold any of `right` ones."""
+    none = 1.0
+    for drawn in range(min(k, texts)):
+        none *= max(0.0, texts - right - drawn) / (texts - drawn)
+    return 1 - none
+
+
+def _line(name: str, figures: dict[str, float]) -> str:
+    recalls = "".join(f"{figures[f'{way}_r{k}']:>11.2f}" for way in WAYS for k in KS)
+    ranks = ""
+    for way in WAYS:
+        median = figures.get(f"{way}_median_rank")
+        ranks += f"{'-' if median is None else f'{median:.0f}'} / {figures[f'{way}_mean_rank']:.1f}".rjust(16)
+    return f"{name:<18}{recalls}{ranks}"
