@@ -83,6 +83,11 @@ def read_split(csv_path: str | Path, annotations: str | Path | None = None) -> V
     return VideoSplit(tuple(video_ids), texts, ids, np.array(videos, dtype=np.int64))
 
 
+def read_video_ids(csv_path: str | Path) -> list[str]:
+    """The videos a CSV names, each once, in its order. UserError as `read_split`."""
+    return list(dict.fromkeys(row["video_id"] for row in _read_csv(Path(csv_path))))
+
+
 def find_videos(folder: str | Path, video_ids: Sequence[str]) -> dict[str, Path]:
     """Path of each video, in the given order; `<folder>/<id>.mp4` where there is no file of any known suffix."""
     folder = Path(folder)

@@ -16,6 +16,7 @@ from convclip.engine.parameter_groups import Stage, training_stages
 from convclip.engine.schedule import group_warmup, lr_at, peak_lr, warmup_steps
 from convclip.models import build_model
 from convclip.models.layer_groups import parameter_counts
+from convclip.models.video_student import with_video_head
 from convclip.schema import Recipe, Unfreeze
 
 CURVE_POINTS = 400
@@ -24,7 +25,7 @@ CURVE_POINTS = 400
 def make_plan(recipe: Recipe) -> dict[str, Any]:
     """The plan as plain data (what `--plan --json` prints). Errors in the recipe are UserError, as in training."""
     with torch.device("meta"):
-        model = build_model(recipe.model)
+        model = with_video_head(build_model(recipe.model), recipe.video)
     sizes = {name: parameter.numel() for name, parameter in model.named_parameters()}
     stages = training_stages(model, recipe)
     steps_per_epoch = _steps_per_epoch(recipe)

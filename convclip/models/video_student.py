@@ -12,6 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from convclip import schema
 from convclip.models.dual_tower import DualTower
 from convclip.models.temporal import frame_mask, masked_mean, over_time, temporal_blocks
 
@@ -21,15 +22,17 @@ POOL_TEMPERATURE = 0.1
 
 
 class VideoOutput(NamedTuple):
-    """text [B, D] and video [B, D] of unit length, frame_weights [B, F] summing to 1, logit_scale [1] exponentiated.
+    """video [B, D] and text [B, D] of unit length, logit_scale [1] exponentiated, frame_weights [B, F] summing to 1,
+    frame_features [B, F, D] un-normalised, as they enter the temporal transformer.
 
-    Without texts, `text` is None; without frames, `video` and `frame_weights` are.
+    The first three are what a dual tower gives. Without texts, `text` is None; without frames, the others are.
     """
 
-    text: Tensor | None
     video: Tensor | None
-    frame_weights: Tensor | None
+    text: Tensor | None
     logit_scale: Tensor
+    frame_weights: Tensor | None
+    frame_features: Tensor | None
 
 
 class VideoStudent(DualTower):
@@ -39,9 +42,12 @@ class VideoStudent(DualTower):
     ones, as in CLIP4Clip; what does not fit, and everything with `identity`, starts so that a video's frames pass
     unchanged. Copied blocks add vectors of their own size to the un-normalised frame features: with random blocks of
     width 512, features of length 10 kept their recall and features of length 1 lost it (R@1 100 to 2).
-    `new` lists the parameters that were newly initialised. mask_padding False: padded frames take part in both
+    `new` lists the parameters that were newly initialised. A locked tower is locked whole, its head included: the
+    head is as pretrained as the rest, and what is stored of a locked tower are its embeddings. mask_padding False: padded frames take part in both
     softmaxes, as in the original.
     """
+
+    locks_heads = True
 
     def __init__(
         self,
@@ -52,6 +58,7 @@ class VideoStudent(DualTower):
     ) -> None:
         nn.Module.__init__(self)
         self.visual, self.text, self.logit_scale = towers.visual, towers.text, towers.logit_scale
+        self.reference = None
         width = embed_width(towers)
         self.mask_padding = mask_padding
         self.temporal = TemporalEncoder(width, temporal_layers)
@@ -86,7 +93,7 @@ class VideoStudent(DualTower):
         """frames [B, F, 3, H, W] with n_frames [B], or stored frame features [B, F, D]; tokens [B, T] (int64), or
         stored text features [B, D]. Stored features are taken as un-normalised and run no tower.
         """
-        text = video = weights = None
+        text = video = weights = features = None
         # Text first: it reads its longest caption's length, which on an accelerator waits for the work queued so far.
         if texts is not None:
             text = F.normalize((texts if texts.is_floating_point() else self.encode_text(texts)).float(), dim=-1)
@@ -94,7 +101,7 @@ class VideoStudent(DualTower):
             assert n_frames is not None
             features = frames if frames.ndim == 3 else self.encode_frames(frames, n_frames)
             video, weights = self.encode_video(features, n_frames)
-        return VideoOutput(text, video, weights, self.logit_scale.float().exp())
+        return VideoOutput(video, text, self.logit_scale.float().exp(), weights, features)
 
 
 class TemporalEncoder(nn.Module):
@@ -160,6 +167,13 @@ def mean_pool(frame_features: Tensor, n_frames: Tensor) -> Tensor:
     """
     unit = F.normalize(frame_features.float(), dim=-1)
     return F.normalize(masked_mean(unit, frame_mask(n_frames, unit.shape[1])), dim=-1)
+
+
+def with_video_head(towers: DualTower, video: schema.Video | None) -> DualTower:
+    """`towers` themselves for images, or the video student that takes them over."""
+    if video is None:
+        return towers
+    return VideoStudent(towers, video.temporal_layers, video.temporal_init, video.mask_padding)
 
 
 def embed_width(towers: DualTower) -> int:
