@@ -91,7 +91,7 @@ def main() -> int:
     parser.add_argument("--fps", type=float, default=FrameSettings.fps, help="video: frames looked at per second")
     parser.add_argument("--output_dir", type=Path, required=True)
     parser.add_argument("--samples_per_shard", type=int, default=1000)
-    parser.add_argument("--resize", type=int, help="scale the shorter side to this many pixels; default: keep; video: 224")
+    parser.add_argument("--resize", type=int, help="shorter side in pixels; default: keep; video: 224")
     parser.add_argument("--workers", type=int, default=os.cpu_count(), help="processes; default: one per core")
     parser.add_argument("--seed", type=int, default=0, help="of the shuffle of the samples")
     parser.add_argument("--skip_missing", action="store_true", help="go on without image files that are missing")

@@ -13,8 +13,8 @@ from convclip.engine.inputs import Inputs
 from convclip.engine.video_inputs import VideoInputs
 from convclip.losses.contrastive import clip_loss
 from convclip.losses.distillation import distillation_loss
-from convclip.losses.teachclip import stuck_at_chance, teachclip_loss
 from convclip.losses.head_alignment import head_alignment_loss
+from convclip.losses.teachclip import stuck_at_chance, teachclip_loss
 from convclip.models.temporal import frame_mask
 from convclip.schema import HeadAlignment, Recipe, Teacher
 
@@ -91,6 +91,6 @@ class VideoObjective:
             return []
         self.recent = None
         return [
-            f"step {row['step']}: collapse: the ground-truth loss has stayed at ln({batch}) = {math.log(batch):.3f} for "
-            f"{STUCK_STEPS} logged steps: all pairs score alike; check the pretrained weights, lower optim.lr"
+            f"step {row['step']}: collapse: the ground-truth loss has stayed at ln({batch}) = {math.log(batch):.3f} "
+            f"for {STUCK_STEPS} logged steps: all pairs score alike; check the pretrained weights, lower optim.lr"
         ]

@@ -27,7 +27,7 @@ from convclip.engine.extraction import PRECISIONS, ComputedRows, extract, initia
 from convclip.engine.frozen import PRECISION_NAMES
 from convclip.engine.launcher import start_processes
 from convclip.engine.parameter_groups import reached_stages
-from convclip.engine.video_inputs import (
+from convclip.engine.video_teachers import (
     CAPTION_CRC32,
     CAPTION_TO_VIDEO,
     N_FRAMES,
@@ -69,10 +69,12 @@ def run_xclip_extraction(recipe: Recipe, path: Path, checkpoint: str, precision:
     size = teacher.size
     if (size.frames, size.words) != (video.frames, video.words):
         raise UserError(
-            f"teacher {checkpoint} takes {size.frames} frames and {size.words} words, the recipe has {video.frames} and "
-            f"{video.words}: set video.frames={size.frames} and video.words={size.words}"
+            f"teacher {checkpoint} takes {size.frames} frames and {size.words} words, the recipe "
+            f"has {video.frames} and {video.words}: set video.frames={size.frames} and video.words={size.words}"
         )
-    data = load_video_set(recipe.data.train, recipe, lambda texts: tokenize_captions(texts, size.words), size.image_size)
+    data = load_video_set(
+        recipe.data.train, recipe, lambda texts: tokenize_captions(texts, size.words), size.image_size
+    )
     identity = {
         "kind": "xclip",
         "teacher": Path(checkpoint).name,

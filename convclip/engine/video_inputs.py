@@ -5,10 +5,9 @@ Shapes: B micro batch, W world, F frames, S frame side, T words, D student's emb
 
 from __future__ import annotations
 
-import zlib
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import Any, Protocol
+from typing import Any
 
 import numpy as np
 import torch
@@ -17,17 +16,9 @@ from torch import Tensor
 from convclip.data.features import FeatureStore
 from convclip.data.msrvtt import VideoSplit
 from convclip.data.transforms import normalize
-from convclip.distributed import gather, rank
+from convclip.engine.video_teachers import N_FRAMES, STUDENT_FRAMES, STUDENT_TEXT, VideoTeacher, check_captions
 from convclip.losses.teachclip import TeacherTargets
-from convclip.models.xclip_score import SCORE_MATRICES, score_targets
-from convclip.models.xclip_teacher import XClipTeacher
-from convclip.schema import Recipe, UserError
-
-# Names in the stores.
-TEACHER_VIDEO, TEACHER_TEXT = ("frame_raw", "video_out", "n_frames"), ("word_raw", "eot")
-STUDENT_FRAMES, STUDENT_TEXT, N_FRAMES = "student_frames", "student_text", "student_n_frames"
-CAPTION_TO_VIDEO, CAPTION_CRC32 = "caption_to_video", "caption_crc32"
-SCORE_PREFIX, SCORE_ITEM = "score.", "score"
+from convclip.schema import Recipe
 
 
 @dataclass(frozen=True)
@@ -51,55 +42,6 @@ class VideoInputs:
         return replace(self, frame_weights=frame_weights)
 
 
-class VideoTeacher(Protocol):
-    """A teacher, live or stored."""
-
-    live: bool
-
-    def targets(self, batch: dict[str, Any]) -> TeacherTargets:
-        """What it says of this rank's pairs among those of all ranks; a collective."""
-
-
-class StoredTeacher:
-    """An X-CLIP teacher whose features lie in a store; ranks exchange ids, not features."""
-
-    live = False
-
-    def __init__(self, store: FeatureStore, split: VideoSplit, device: torch.device) -> None:
-        self.store, self.device = store, device
-        self.videos, self.captions = np.array(split.video_ids), np.array(split.caption_ids)
-        _check_captions(store, split)
-        names = (*SCORE_MATRICES, "logit_scale")
-        self.parameters = {n: store.read(SCORE_PREFIX + n, [SCORE_ITEM])[0].to(device) for n in names}
-
-    @torch.no_grad()
-    def targets(self, batch: dict[str, Any]) -> TeacherTargets:
-        """As VideoTeacher.targets."""
-        ids = torch.stack([batch["video_id"], batch["caption_id"]], dim=1).to(self.device)
-        videos, captions = gather(ids).cpu().numpy().T
-        read = {name: self.store.read(name, self.videos[videos].tolist()) for name in TEACHER_VIDEO[:2]}
-        read |= {name: self.store.read(name, self.captions[captions].tolist()) for name in TEACHER_TEXT}
-        features = {name: rows.to(self.device, non_blocking=True) for name, rows in read.items()}
-        return TeacherTargets(*score_targets(features, self.parameters, _own(len(ids))))
-
-
-class LiveTeacher:
-    """An X-CLIP teacher that runs on every batch."""
-
-    live = True
-
-    def __init__(self, teacher: XClipTeacher, device: torch.device) -> None:
-        self.teacher, self.device = teacher.to(device), device
-        self.parameters = teacher.score_parameters()
-
-    @torch.no_grad()
-    def targets(self, batch: dict[str, Any]) -> TeacherTargets:
-        """As VideoTeacher.targets."""
-        given = (batch[name].to(self.device, non_blocking=True) for name in ("frames", "n_frames", "text"))
-        features = {name: gather(rows.contiguous()) for name, rows in self.teacher(*given).items()}
-        return TeacherTargets(*score_targets(features, self.parameters, _own(len(batch["caption_id"]))))
-
-
 class VideoSource:
     """Makes VideoInputs of the loader's batches; frames and texts of locked towers come from `store`."""
 
@@ -117,7 +59,7 @@ class VideoSource:
         self.stored_frames = self.stored_text = False
         self.teacher_is_on = True
         if store is not None:
-            _check_captions(store, split)
+            check_captions(store, split)
 
     def enter_stage(self, frozen_boundary: int, trainable: set[str]) -> None:
         """Decide what is read from the store in a stage that trains these parameters."""
@@ -150,28 +92,3 @@ class VideoSource:
 
     def _to_device(self, tensor: Tensor) -> Tensor:
         return tensor.to(self.device, non_blocking=True)
-
-
-def caption_crc32(captions: Sequence[str]) -> Tensor:
-    """int64 [C]: checksum of each caption's text, so that a store of other captions under the same ids is found."""
-    return torch.tensor([zlib.crc32(caption.encode("utf-8", "surrogatepass")) for caption in captions])
-
-
-def _check_captions(store: FeatureStore, split: VideoSplit) -> None:
-    """UserError unless the store holds every caption of the split, with the same text and of the same video."""
-    if CAPTION_CRC32 not in store.arrays:
-        return
-    ids = list(split.caption_ids)
-    other = store.read(CAPTION_CRC32, ids) != caption_crc32(split.captions)
-    if CAPTION_TO_VIDEO in store.arrays:
-        videos, wanted = np.sort(np.array(store.ids("frame_raw"))), np.array(split.video_ids)[split.video_of_caption]
-        other |= torch.from_numpy(videos[store.read(CAPTION_TO_VIDEO, ids).numpy()] != wanted)
-    if other.any():
-        first = ids[int(other.nonzero()[0])]
-        raise UserError(
-            f"{store.path}: {int(other.sum())} captions differ from the data's, the first is {first!r}: extract again"
-        )
-
-
-def _own(rows: int) -> slice:
-    return slice(rank() * rows, (rank() + 1) * rows)

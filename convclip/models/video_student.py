@@ -42,9 +42,9 @@ class VideoStudent(DualTower):
     ones, as in CLIP4Clip; what does not fit, and everything with `identity`, starts so that a video's frames pass
     unchanged. Copied blocks add vectors of their own size to the un-normalised frame features: with random blocks of
     width 512, features of length 10 kept their recall and features of length 1 lost it (R@1 100 to 2).
-    `new` lists the parameters that were newly initialised. A locked tower is locked whole, its head included: the
-    head is as pretrained as the rest, and what is stored of a locked tower are its embeddings. mask_padding False: padded frames take part in both
-    softmaxes, as in the original.
+    `new` lists the parameters that were newly initialised. mask_padding False: padded frames take part in both
+    softmaxes, as in the original. A locked tower is locked whole, its head included: the head is as pretrained as the
+    rest, and what is stored of a locked tower are its embeddings.
     """
 
     locks_heads = True

@@ -76,7 +76,8 @@ def make_files(folder: Path) -> Path:
     (folder / "small.yaml").write_text(RECIPE)
     torch.manual_seed(3)
     teacher = XClipTeacher(SIZE)
-    save_file({name: value.contiguous() for name, value in teacher.state_dict().items()}, folder / "teacher.safetensors")
+    tensors = {name: value.contiguous() for name, value in teacher.state_dict().items()}
+    save_file(tensors, folder / "teacher.safetensors")
     return folder
 
 
