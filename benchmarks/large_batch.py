@@ -168,7 +168,7 @@ def main() -> None:
     parser.add_argument("--sizes", type=int, nargs="*", default=[4096 * 2**i for i in range(6)])
     parser.add_argument("--time_at", type=int, default=8192, help="batch of the time table, 0 for none")
     parser.add_argument("--width", type=int, default=640)
-    parser.add_argument("--tile", type=int, default=1024)
+    parser.add_argument("--tile", type=int, default=2048)
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--repeats", type=int, default=5)
     parser.add_argument("--plot", type=Path, help="PNG of memory against batch (needs matplotlib)")

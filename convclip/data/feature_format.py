@@ -6,8 +6,11 @@ One HDF5 file (a "part") holds
     /crc32/<name>    [rows] uint32, the checksum of each row's bytes
     /ids/<kind>      [rows] int64 or UTF-8 of fixed length; attribute crc32
     /done/<kind>     [rows] uint8, 1 once the row is safe on the disk
-A file that joins the parts of several ranks has the same groups, but its arrays are virtual datasets over the parts,
-named relative to it, and it has no /done: it appears only when every row is there.
+A file that joins the parts of several ranks, and appears only when every row is there, holds
+    /identity, /ids  as above
+    /parts           names of the part files, which lie beside it; attribute crc32
+    /pieces/<kind>   [pieces, 3] int64, (part, start row, stop row) in row order; attribute crc32
+    /arrays/<name>   virtual datasets over the parts, for other programs
 
 HDF5's own metadata is written once, before the first row, and carries HDF5's checksums. Rows are then written and read
 at fixed byte offsets without the HDF5 library, so a kill cannot leave an HDF5 file half changed.
@@ -26,6 +29,7 @@ import h5py
 import numpy as np
 import torch
 
+from convclip.data.item_ids import decode_id
 from convclip.schema import UserError
 
 FORMAT_VERSION = 1
@@ -89,7 +93,7 @@ class Extent:
     count: int
 
 
-@dataclass
+@dataclass(eq=False)
 class Layout:
     """What a store's file says about itself; the rows themselves are not read."""
 
@@ -100,8 +104,12 @@ class Layout:
     done: dict[str, np.ndarray] = field(default_factory=dict)
     crc32: dict[str, np.ndarray] = field(default_factory=dict)
     extents: dict[str, list[Extent]] = field(default_factory=dict)
-    # Byte offset of every dataset the writer fills, by its path in the file; empty in a joined file.
+    # Byte offset of every dataset the writer fills, e.g. "done/image"; empty for a joined file.
     offsets: dict[str, int] = field(default_factory=dict)
+
+
+# Rows [start, stop) of the part of that number: (number, start, stop).
+Piece = tuple[int, int, int]
 
 
 def create_part(
@@ -120,32 +128,23 @@ def create_part(
     publish(temporary, path)
 
 
-def create_joined(
-    path: Path,
-    temporary: Path,
-    arrays: Mapping[str, ArraySpec],
-    identity: Mapping[str, Any],
-    pieces: Mapping[str, list[tuple[Layout, int, int]]],
-) -> None:
-    """Write `path`, whose arrays are views of `pieces` (part, start row, stop row) per item kind, in that order."""
-    ids = {
-        kind: np.concatenate([part.ids[kind][start:stop] for part, start, stop in rows])
-        for kind, rows in pieces.items()
-    }
+def create_joined(path: Path, temporary: Path, parts: list[Layout], pieces: Mapping[str, list[Piece]]) -> None:
+    """Write `path`, a store of the `pieces` of `parts`, per item kind in that order."""
+    ids = {kind: _joined_ids(parts, pieces[kind], kind) for kind in pieces}
     with h5py.File(temporary, "w", libver=_HDF5_VERSIONS) as file:
-        _write_header(file, identity, ids)
-        for name, spec in arrays.items():
-            count = len(ids[spec.item_kind])
-            view = h5py.VirtualLayout((count, *spec.row_shape), spec.disk_dtype)
+        _write_header(file, parts[0].identity, ids)
+        _write_table(file, "parts", np.array([part.path.name.encode("utf-8") for part in parts]))
+        for kind, rows in pieces.items():
+            _write_table(file, f"pieces/{kind}", np.array(rows, dtype=np.int64))
+        for name, spec in parts[0].arrays.items():
+            view = h5py.VirtualLayout((len(ids[spec.item_kind]), *spec.row_shape), spec.disk_dtype)
             first = 0
-            for part, start, stop in pieces[spec.item_kind]:
-                shape = (len(part.ids[spec.item_kind]), *spec.row_shape)
-                source = h5py.VirtualSource(part.path.name, f"arrays/{name}", shape, spec.disk_dtype)
+            for number, start, stop in pieces[spec.item_kind]:
+                shape = (len(parts[number].ids[spec.item_kind]), *spec.row_shape)
+                source = h5py.VirtualSource(parts[number].path.name, f"arrays/{name}", shape, spec.disk_dtype)
                 view[first : first + stop - start] = source[start:stop]
                 first += stop - start
             _describe(file.create_virtual_dataset(f"arrays/{name}", view), spec)
-            checksums = [part.crc32[name][start:stop] for part, start, stop in pieces[spec.item_kind]]
-            file.create_dataset(f"crc32/{name}", data=np.concatenate(checksums))
     publish(temporary, path)
 
 
@@ -168,8 +167,18 @@ def _write_header(file: h5py.File, identity: Mapping[str, Any], ids: Mapping[str
         # Strings of fixed length lie in the object header, which is checksummed; others lie in a heap that is not.
         group.attrs[key] = np.bytes_(value.encode("utf-8")) if isinstance(value, str) else value
     for kind, values in ids.items():
-        dataset = file.create_dataset(f"ids/{kind}", data=values)
-        dataset.attrs["crc32"] = zlib.crc32(np.ascontiguousarray(values))
+        _write_table(file, f"ids/{kind}", values)
+
+
+def _write_table(file: h5py.File, name: str, values: np.ndarray) -> None:
+    file.create_dataset(name, data=values).attrs["crc32"] = zlib.crc32(np.ascontiguousarray(values))
+
+
+def _read_table(file: h5py.File, name: str, path: Path) -> np.ndarray:
+    values = file[name][:]
+    if zlib.crc32(values) != file[name].attrs["crc32"]:
+        raise UserError(f"{path}: its table {name} is damaged (checksum differs); extract again")
+    return values
 
 
 def _reserve(file: h5py.File, name: str, shape: tuple[int, ...], dtype: np.dtype) -> h5py.Dataset:
@@ -207,52 +216,57 @@ def _read(file: h5py.File, path: Path) -> Layout:
     if version != FORMAT_VERSION:
         raise UserError(f"{path}: feature store format {version}, this convclip reads {FORMAT_VERSION}; extract again")
     layout = Layout(path, {key: _plain(value) for key, value in file["identity"].attrs.items()})
-    for kind, dataset in file["ids"].items():
-        layout.ids[kind] = dataset[:]
-        if zlib.crc32(layout.ids[kind]) != dataset.attrs["crc32"]:
-            raise UserError(f"{path}: the ids of kind {kind} are damaged (checksum differs); extract again")
-    if "done" in file:
-        for kind, dataset in file["done"].items():
-            layout.done[kind] = dataset[:] == 1
-            layout.offsets[dataset.name] = dataset.id.get_offset() or 0
-    else:
-        layout.done = {kind: np.ones(len(values), dtype=bool) for kind, values in layout.ids.items()}
-    sources: dict[str, Layout] = {}
+    layout.ids = {kind: _read_table(file, f"ids/{kind}", path) for kind in file["ids"]}
+    (_read_joined if "parts" in file else _read_part)(file, layout)
+    return layout
+
+
+def _read_part(file: h5py.File, layout: Layout) -> None:
+    for group in ("done", "crc32", "arrays"):
+        for name, dataset in file[group].items():
+            layout.offsets[f"{group}/{name}"] = dataset.id.get_offset() or 0
+    for kind in layout.ids:
+        layout.done[kind] = file["done"][kind][:] == 1
     for name, dataset in file["arrays"].items():
         kind = {key: _plain(dataset.attrs[key]) for key in ("dtype", "units", "item_kind")}
         spec = layout.arrays[name] = ArraySpec(dataset.shape[1:], **kind)
         layout.crc32[name] = file["crc32"][name][:]
+        layout.extents[name] = [Extent(layout.path, layout.offsets[f"arrays/{name}"], 0, len(dataset))]
         if not len(dataset) == len(layout.ids[spec.item_kind]) == len(layout.crc32[name]):
-            raise UserError(f"{path}: array {name} has {len(dataset)} rows, its ids and checksums have others")
-        if dataset.is_virtual:
-            layout.extents[name] = _joined_extents(dataset, name, spec, layout, sources)
-        else:
-            layout.offsets[dataset.name] = dataset.id.get_offset() or 0
-            layout.offsets[f"/crc32/{name}"] = file["crc32"][name].id.get_offset() or 0
-            layout.extents[name] = [Extent(path, layout.offsets[dataset.name], 0, len(dataset))]
-    return layout
+            raise UserError(f"{layout.path}: array {name} has {len(dataset)} rows, its ids or checksums have others")
 
 
-def _joined_extents(
-    dataset: h5py.Dataset, name: str, spec: ArraySpec, joined: Layout, sources: dict[str, Layout]
-) -> list[Extent]:
-    extents = []
-    for source in dataset.virtual_sources():
-        file = joined.path.parent / source.file_name
-        if source.file_name not in sources:
-            try:
-                sources[source.file_name] = read_layout(file)
-            except FileNotFoundError:
-                raise UserError(f"{joined.path}: its part {file} is missing; keep them in one folder") from None
-            check_identity(file, sources[source.file_name].identity, joined.identity)
-        part = sources[source.file_name]
-        (first, *_), (last, *_) = source.vspace.get_select_bounds()
-        (start, *_), _ = source.src_space.get_select_bounds()
-        offset = part.extents[name][0].offset + start * spec.row_bytes
-        extents.append(Extent(file, offset, first, last - first + 1))
-    if sum(extent.count for extent in extents) != len(dataset):
-        raise UserError(f"{joined.path}: array {name} has rows that no part holds; extract again")
-    return extents
+def _read_joined(file: h5py.File, layout: Layout) -> None:
+    """Fill in what the parts hold. The virtual datasets are for other programs: HDF5 does not checksum their maps."""
+    parts = []
+    for name in _read_table(file, "parts", layout.path):
+        path = layout.path.parent / decode_id(name)
+        try:
+            parts.append(read_layout(path))
+        except FileNotFoundError:
+            raise UserError(f"{layout.path}: its part {path} is missing; keep them in one folder") from None
+        check_identity(path, parts[-1].identity, layout.identity)
+        check_identity(path, parts[-1].arrays, parts[0].arrays)
+    layout.arrays = parts[0].arrays
+    pieces = {kind: _read_table(file, f"pieces/{kind}", layout.path).tolist() for kind in layout.ids}
+    for kind, ids in layout.ids.items():
+        layout.done[kind] = np.ones(len(ids), dtype=bool)
+        if not np.array_equal(_joined_ids(parts, pieces[kind], kind), ids):
+            raise UserError(
+                f"{layout.path}: its parts do not hold the {kind} rows it lists; are they of another store?"
+            )
+    for name, spec in layout.arrays.items():
+        layout.extents[name], first = [], 0
+        for number, start, stop in pieces[spec.item_kind]:
+            (whole,) = parts[number].extents[name]
+            layout.extents[name].append(Extent(whole.file, whole.offset + start * spec.row_bytes, first, stop - start))
+            first += stop - start
+        checksums = [parts[number].crc32[name][start:stop] for number, start, stop in pieces[spec.item_kind]]
+        layout.crc32[name] = np.concatenate(checksums)
+
+
+def _joined_ids(parts: list[Layout], pieces: list[Piece], kind: str) -> np.ndarray:
+    return np.concatenate([parts[number].ids[kind][start:stop] for number, start, stop in pieces])
 
 
 def check_identity(path: Path, found: Mapping[str, Any], wanted: Mapping[str, Any]) -> None:

@@ -23,7 +23,7 @@ import numpy as np
 import torch
 
 from convclip.data import feature_format
-from convclip.data.feature_format import ArraySpec, Layout
+from convclip.data.feature_format import ArraySpec, Layout, Piece
 from convclip.data.item_ids import Ids, ItemIds, decode_id, decode_ids, encode_ids
 from convclip.schema import UserError
 
@@ -90,7 +90,7 @@ class FeatureWriter:
         with self._disk_errors():
             for name, block in blocks.items():
                 self._part.crc32[name][local] = feature_format.row_checksums(block)
-                self._write_runs(f"/arrays/{name}", local[order], block[order])
+                self._write_runs(f"arrays/{name}", local[order], block[order])
         self._done[kind][positions] = True
         self._uncommitted[kind].append(local)
         self._uncommitted_bytes += sum(block.nbytes for block in blocks.values())
@@ -106,10 +106,10 @@ class FeatureWriter:
             for name, spec in self.arrays.items():
                 if spec.item_kind in pending:
                     rows = pending[spec.item_kind]
-                    self._write_runs(f"/crc32/{name}", rows, self._part.crc32[name][rows])
+                    self._write_runs(f"crc32/{name}", rows, self._part.crc32[name][rows])
             os.fsync(self._file)
             for kind, rows in pending.items():
-                self._write_runs(f"/done/{kind}", rows, np.ones(len(rows), dtype=np.uint8))
+                self._write_runs(f"done/{kind}", rows, np.ones(len(rows), dtype=np.uint8))
                 self._uncommitted[kind].clear()
         self._uncommitted_bytes = 0
 
@@ -131,7 +131,11 @@ class FeatureWriter:
         if not all(done.all() for done in self._done_in(parts).values()):
             return False
         with self._disk_errors():
-            self._join(parts)
+            try:
+                self._join(parts)
+            except FileNotFoundError:  # Another rank finished at the same time, joined the parts and cleaned up.
+                if not self.path.exists():
+                    raise
             for leftover in self.path.parent.glob(glob.escape(self.path.name) + ".rank-*.new"):
                 leftover.unlink(missing_ok=True)
         return True
@@ -151,13 +155,13 @@ class FeatureWriter:
     def _existing(self) -> list[Layout]:
         """The finished store alone if it is there, else the parts of all ranks, of this and of earlier runs."""
         pattern = re.compile(re.escape(self.path.name) + r"\.rank-\d+-of-\d+(\.part)?")
-        files = sorted(file for file in self.path.parent.iterdir() if pattern.fullmatch(file.name))
+        files = sorted(file for file in self.path.parent.iterdir() if pattern.fullmatch(file.name) and file.exists())
         layouts = []
         for file in [self.path] if self.path.exists() else files:
             try:
                 layout = feature_format.read_layout(file)
-            except FileNotFoundError:  # Another rank, the last to finish, has just given the part its final name.
-                layout = feature_format.read_layout(file.with_name(file.name.removesuffix(".part")))
+            except FileNotFoundError:  # The last rank has just finished: look at what it made of the parts.
+                return self._existing()
             for found, wanted in ((layout.identity, self.identity), (layout.arrays, self.arrays)):
                 feature_format.check_identity(layout.path, found, wanted)
                 for key in found.keys() - wanted.keys():
@@ -247,30 +251,35 @@ class FeatureWriter:
                 data, offset = data[written:], offset + written
 
     def _join(self, parts: list[Layout]) -> None:
-        """Give the parts their final names and then make `path`: the part itself, or a file that joins them."""
-        if len(parts) == 1 and self.world == 1:
-            feature_format.publish(parts[0].path, self.path)
-            return
-        pieces: dict[str, list[tuple[Layout, int, int]]] = {kind: [] for kind in self._items}
-        seen = {kind: np.zeros(len(items), dtype=bool) for kind, items in self._items.items()}
+        """Make `path`: of one part by its renaming, of several by a file that joins them."""
+        used = [part for part in parts if any(flags.any() for flags in part.done.values())]
+        if len(used) == 1 and self.world == 1:
+            feature_format.publish(used[0].path, self.path)
+        else:
+            pieces = self._pieces(used)
+            for part in used:
+                final = part.path.with_name(part.path.name.removesuffix(".part"))
+                with contextlib.suppress(FileNotFoundError):  # Another rank that finished at the same time did it.
+                    os.replace(part.path, final)
+                part.path = final
+            temporary = self.path.with_name(f"{self.path.name}.rank-{self.rank:05d}.new")
+            feature_format.create_joined(self.path, temporary, used, pieces)
         for part in parts:
-            for kind, items in self._items.items():
-                positions = items.find(part.ids[kind])
-                rows = np.flatnonzero(part.done[kind] & ~seen[kind][positions])
-                seen[kind][positions[rows]] = True
-                pieces[kind] += [
-                    (part, int(rows[start]), int(rows[stop - 1]) + 1) for start, stop in feature_format.runs(rows)
-                ]
-        for part in parts:
-            final = part.path.with_name(part.path.name.removesuffix(".part"))
-            with contextlib.suppress(FileNotFoundError):  # Another rank that finished at the same time did it.
-                os.replace(part.path, final)
-            part.path = final
-        temporary = self.path.with_name(f"{self.path.name}.rank-{self.rank:05d}.new")
-        feature_format.create_joined(self.path, temporary, self.arrays, self.identity, pieces)
-        for part in parts:
-            if not any(flags.any() for flags in part.done.values()):
+            if part not in used:
                 part.path.unlink(missing_ok=True)
+
+    def _pieces(self, parts: list[Layout]) -> dict[str, list[Piece]]:
+        """The done rows of `parts`, each item once."""
+        pieces: dict[str, list[Piece]] = {kind: [] for kind in self._items}
+        for kind, items in self._items.items():
+            seen = np.zeros(len(items), dtype=bool)
+            for number, part in enumerate(parts):
+                positions = items.find(part.ids[kind])
+                rows = np.flatnonzero(part.done[kind] & ~seen[positions])
+                seen[positions[rows]] = True
+                for start, stop in feature_format.runs(rows):
+                    pieces[kind].append((number, int(rows[start]), int(rows[stop - 1]) + 1))
+        return pieces
 
     @contextlib.contextmanager
     def _disk_errors(self) -> Iterator[None]:

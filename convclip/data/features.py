@@ -86,7 +86,7 @@ class FeatureStore(_Store):
                     self._files[extent.file] = _DataFile(extent.file)
                 self._files[extent.file].require(name, extent, spec.row_bytes)
             # Anonymous shared memory: what one forked worker has verified, the others need not.
-            self._verified[name] = np.frombuffer(mmap.mmap(-1, len(self._crc32[name])), dtype=np.uint8)
+            self._verified[name] = np.frombuffer(mmap.mmap(-1, len(self._crc32[name]) or 1), dtype=np.uint8)
 
     def __reduce__(self) -> tuple:
         return FeatureStore, (self.path, self.expect)

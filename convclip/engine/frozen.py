@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
+import open_clip
 import torch
 from torch import Tensor
 
-from convclip.data.feature_format import ArraySpec
+from convclip.data.feature_format import ArraySpec, estimate
 from convclip.data.features import state_dict_sha256
 from convclip.data.transforms import EvalTransform, TrainTransform, Views
 from convclip.engine.parameter_groups import Stage
@@ -18,6 +21,8 @@ from convclip.models.layer_groups import frozen_image_boundary, layer_groups
 from convclip.models.teacher import weights_sha256
 from convclip.schema import Recipe, UserError
 
+# What --plan takes an image to have, where the data are not known.
+CAPTIONS_PER_IMAGE = 5
 PRECISION_NAMES = {torch.float32: "float32", torch.bfloat16: "bfloat16", torch.float16: "float16"}
 
 
@@ -89,10 +94,10 @@ def store_identity(
     without_files = {"pretrained": True, "image": {"pretrained"}, "text": {"pretrained"}}
     identity: dict[str, Any] = {
         "model": recipe.model.model_dump_json(exclude=without_files),
-        "weights_sha256": state_dict_sha256(weights),
         "boundary": work.boundary,
         "text": work.text,
         "precision": PRECISION_NAMES[dtype],
+        "weights_sha256": state_dict_sha256(weights),
         "transform": views.describe(),
         "tokenizer": recipe.model.text.tokenizer,
         "captions_sha256": captions,
@@ -101,3 +106,54 @@ def store_identity(
         identity["teacher"] = recipe.teacher.model
         identity["teacher_sha256"] = weights_sha256(recipe.teacher)
     return identity
+
+
+def storable(model: DualTower, recipe: Recipe, stages: list[Stage]) -> list[str]:
+    """For --plan: what a feature store would hold of `recipe` and its size, a line each; [] where nothing is frozen.
+
+    `model` may be on the meta device; `stages` are those that training reaches. Totals need recipe.rows_per_epoch.
+    """
+    work = frozen_work(model, recipe, stages)
+    if not work:
+        return []
+    size, shape = recipe.model.image.image_size, ()
+    if work.boundary:
+        device = next(model.parameters()).device
+        with torch.no_grad():
+            shape = tuple(model(torch.zeros(1, 3, size, size, device=device), stop=work.boundary).shape[1:])
+    width = _teacher_width(recipe)
+    arrays = work.arrays(recipe, shape, torch.bfloat16, width)
+    items = _expected_items(recipe)
+    lines = []
+    for name, spec in arrays.items():
+        shown = "x".join(map(str, spec.row_shape))
+        where = f" entering layer group {work.boundary}" if name == "image_map" else ""
+        unknown = ", width not known here" if name.startswith("teacher") and not width else ""
+        total = f", {estimate({name: spec}, items) / 2**30:.2f} GiB" if items and not unknown else ""
+        lines.append(f"{name}: {shown} {spec.dtype}{where} per {spec.item_kind}{unknown}{total}")
+    if items:
+        counts = " and ".join(f"{count:,} {kind}s" for kind, count in items.items())
+        whole = [estimate(work.arrays(recipe, shape, d, width), items) for d in (torch.bfloat16, torch.float32)]
+        lines.append(f"about {counts}: {whole[0] / 2**30:.2f} GiB (in fp32 {whole[1] / 2**30:.2f} GiB)")
+    return lines
+
+
+def _expected_items(recipe: Recipe) -> dict[str, int]:
+    """Items by kind that recipe.rows_per_epoch stands for; {} where it is not set."""
+    rows, views = recipe.rows_per_epoch, recipe.features.view_count or 1
+    if rows is None:
+        return {}
+    images = rows if recipe.data.captions == "one" else round(rows / CAPTIONS_PER_IMAGE)
+    captions = rows if recipe.data.captions == "all" else rows * CAPTIONS_PER_IMAGE
+    return {"view": images * views, "caption": captions}
+
+
+def _teacher_width(recipe: Recipe) -> int:
+    """The teacher's embedding size by its configuration alone; 0 where that is not at hand."""
+    if recipe.teacher is None:
+        return 0
+    name = recipe.teacher.model
+    file = Path(name.removeprefix("local-dir:")) / "open_clip_config.json"
+    if name.startswith("local-dir:") and file.is_file():
+        return json.loads(file.read_text(encoding="utf-8"))["model_cfg"]["embed_dim"]
+    return (open_clip.get_model_config(name) or {}).get("embed_dim", 0)

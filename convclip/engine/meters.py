@@ -51,11 +51,12 @@ class RunLog:
             if key[:5] == "loss_" and key != "loss_scale"
         )
         scale = f" loss scale {row['loss_scale']:g}" if row.get("loss_scale") else ""
+        norm = "-" if row["grad_norm"] is None else f"{row['grad_norm']:.3f}"
         eta = (self.total_steps - row["step"]) * row["step_seconds"]
         logger.info(
             f"step {row['step']}/{self.total_steps} epoch {row['epoch']} loss {row['loss']:.4f}{extra} "
             f"lr {max(row['lr'].values()):.2e} logit scale {row['logit_scale']:.2f} "
-            f"grad norm {row['grad_norm']:.3f}{scale} {row['samples_per_s']:.1f} samples/s "
+            f"grad norm {norm}{scale} {row['samples_per_s']:.1f} samples/s "
             f"data {row['data_share']:.0%} {row['memory_gib']:.2f} GiB ETA {clock(eta)}"
         )
 

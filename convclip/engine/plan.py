@@ -12,6 +12,7 @@ from typing import Any
 import torch
 
 from convclip.config import UserError
+from convclip.engine.memory import format_memory, plan_memory
 from convclip.engine.parameter_groups import Stage, training_stages
 from convclip.engine.schedule import group_warmup, lr_at, peak_lr, warmup_steps
 from convclip.models import build_model
@@ -22,8 +23,11 @@ from convclip.schema import Recipe, Unfreeze
 CURVE_POINTS = 400
 
 
-def make_plan(recipe: Recipe) -> dict[str, Any]:
-    """The plan as plain data (what `--plan --json` prints). Errors in the recipe are UserError, as in training."""
+def make_plan(recipe: Recipe, ds_config: dict[str, Any] | None = None, world: int = 1) -> dict[str, Any]:
+    """The plan as plain data (what `--plan --json` prints). Errors in the recipe are UserError, as in training.
+
+    Memory is that of a rank under `ds_config` (None: ZeRO stage 2 in bf16) in a run of `world` ranks.
+    """
     with torch.device("meta"):
         model = with_video_head(build_model(recipe.model), recipe.video)
     sizes = {name: parameter.numel() for name, parameter in model.named_parameters()}
@@ -59,6 +63,7 @@ def make_plan(recipe: Recipe) -> dict[str, Any]:
         ],
         "notes": _notes(recipe, stages, reached),
     }
+    plan["memory"] = plan_memory(model, recipe, reached, ds_config, world)
     plan["lr_curve"] = _lr_curve(recipe, reached, steps_per_epoch, total) if total else None
     return plan
 
@@ -85,6 +90,7 @@ def format_plan(plan: dict[str, Any]) -> str:
                 f"{'':>7}+ {group['name']:<24} {group['parameters']:>13,}  lr x {group['lr_scale']:g}  "
                 f"weight decay {group['weight_decay']:g}"
             )
+    lines += format_memory(plan["memory"])
     lines += [f"note: {note}" for note in plan["notes"]]
     return "\n".join(lines)
 

@@ -2,8 +2,9 @@
 
 The chunked step follows GradCache (arXiv 2101.06983). First every chunk's features are computed without gradient; the
 loss over all of them gives a gradient for each feature; then each chunk runs again, with gradient, and its features'
-cached gradients are sent back through the towers. Random state is replayed, so that drop path drops the same; what is
-frozen is not run a second time. Shapes: B rows of a micro batch or chunk, N chunks, D embed.
+cached gradients are sent back through the towers. Random state is replayed, so that drop path drops the same. What is
+frozen is not run a second time, nor is the last chunk: it runs with gradient at once, for its backward comes first.
+Shapes: B rows of a micro batch or chunk, N chunks, D embed.
 """
 
 from __future__ import annotations
@@ -69,38 +70,46 @@ def chunked_step(
     text_is_frozen: bool,
     keep_bytes: float,
 ) -> tuple[Losses, Tensor]:
-    """One optimizer step over `chunks` with one loss for all of them; (losses, exp(logit_scale)).
+    """One optimizer step over `chunks` (as many as the engine accumulates) with one loss for all of them.
 
     Layer groups of the image tower below `frozen_boundary` hold nothing that trains; their output is kept for the
-    second pass while it fits `keep_bytes`.
+    second pass while what it takes beyond the input that it replaces fits `keep_bytes` (0: not kept). Returns (losses,
+    exp(logit_scale)).
     """
+    last = engine.gradient_accumulation_steps() - 1
     kept: list[Inputs] = []
     states, images, texts = [], [], []
     with torch.no_grad():
-        for chunk in chunks:
+        for number, chunk in enumerate(chunks):
             if frozen_boundary > chunk.boundary and keep_bytes > 0:
                 features = engine(chunk.image, None, chunk.boundary, frozen_boundary)
-                keep_bytes -= features.nbytes
+                keep_bytes -= features.nbytes - chunk.image.nbytes
                 chunk = chunk.with_prefix(features, frozen_boundary)
             states.append(RandomState.now())
-            image, text, scale, *reference = engine(*chunk.model_inputs())
+            with torch.set_grad_enabled(number == last):
+                image, text, scale, *reference = engine(*chunk.model_inputs())
             images.append(image)
             texts.append(chunk.text_embedding if text is None else text)
             kept.append(chunk.with_reference(*reference))
-    after = RandomState.now()
-    leaves = [torch.cat(images), torch.cat(texts), scale]
+        leaves = [torch.cat(images), torch.cat(texts), scale]
+        # What the second pass must not change: random state, and the running statistics of batch norms.
+        after, buffers = RandomState.now(), [buffer.clone() for buffer in engine.module.buffers()]
     leaves = [leaf.detach().requires_grad_() for leaf in leaves]
     losses = loss_of(*leaves, kept)
     losses["total"].backward()
-    image_gradients, text_gradients = (leaf.grad.split(len(images[0])) for leaf in leaves[:2])
-    for number, (chunk, state) in enumerate(zip(kept, states, strict=True)):
-        state.restore()
-        image, text, scale, *_ = engine(*chunk.model_inputs(without_text=text_is_frozen))
+    image_gradients, text_gradients = (leaf.grad.split(len(image)) for leaf in leaves[:2])
+    for number in reversed(range(len(kept))):
+        if number != last:
+            states[number].restore()
+            image, text, scale, *_ = engine(*kept[number].model_inputs(without_text=text_is_frozen))
         surrogate = (image * image_gradients[number]).sum() + (scale * leaves[2].grad).sum() / len(kept)
         if text is not None:
             surrogate = surrogate + (text * text_gradients[number]).sum()
-        engine.set_gradient_accumulation_boundary(number + 1 == len(kept))
+        engine.set_gradient_accumulation_boundary(number == 0)
         engine.backward(surrogate, scale_wrt_gas=False)
         engine.step()
     after.restore()
+    with torch.no_grad():
+        for buffer, value in zip(engine.module.buffers(), buffers, strict=True):
+            buffer.copy_(value)
     return {name: loss.detach() for name, loss in losses.items()}, leaves[2].detach()

@@ -177,6 +177,7 @@ class Trainer:
             return
         parts = {f"loss_{name}": value for name, value in losses.items() if name != "total" and len(losses) > 2}
         scaler = getattr(self.engine.optimizer, "loss_scaler", None)
+        grad_norm = self.engine.get_global_grad_norm()
         row = {
             "step": self.step,
             "epoch": epoch,
@@ -184,7 +185,8 @@ class Trainer:
             **{name: all_reduce_mean(value).item() for name, value in parts.items()},
             "lr": {group["name"]: group["lr"] for group in self.engine.optimizer.param_groups},
             "logit_scale": logit_scale.item(),
-            "grad_norm": float(self.engine.get_global_grad_norm() or 0.0),
+            # DeepSpeed computes none in stage 0 without clipping.
+            "grad_norm": None if grad_norm is None else float(grad_norm),
             "loss_scale": scaler.cur_scale if self.dtype == torch.float16 else None,
             "memory_gib": memory_gib(),
             **self.clock.report(self.recipe.batch.global_),

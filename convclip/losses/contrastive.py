@@ -5,7 +5,7 @@ Shape legend: B rows of this rank, W world, N = W*B rows of all ranks, D embed.
 Without `tile`, plain autograd on blocks of B x N logits. With it, one tile of logits at a time, in forward and
 backward, so memory grows with N*D instead of with N^2; each logit is computed by one rank (image row x text column),
 and the softmax over a column is put together from the ranks' parts of it. Tiled and whole agree to rounding.
-About 1024 suits a CPU; on a GPU, where launching small work costs more than doing it, take 4096 or more.
+About 2048 suits a CPU; on a GPU, where launching small work costs more than doing it, take 4096 or more.
 
 Sources: CLIP (arXiv 2103.00020), SigLIP (arXiv 2303.15343); tiles after Inf-CL (arXiv 2410.17243).
 """
@@ -151,7 +151,7 @@ class _TiledClipLoss(torch.autograd.Function):
         of_images = of_texts[first : first + len(image)]
         with without_autocast(image):
             tiles = LogitTiles(image, texts, scale, first, tile, ids)
-            sums = FeatureGradients(tiles)
+            sums = FeatureGradients(tiles, columns_learn=ctx.needs_input_grad[1])
             for rows, columns, logits, spare in tiles:
                 over_texts.probability(rows, logits, 1, of_images, out=spare)
                 spare += over_images.probability(columns, logits, 0, of_texts, out=logits)
@@ -180,7 +180,7 @@ class _TiledSiglipLoss(torch.autograd.Function):
         learns: bool,
     ) -> Tensor:
         tiles = LogitTiles(image, texts, scale, first, tile, ids)
-        sums = FeatureGradients(tiles) if learns else None
+        sums = FeatureGradients(tiles, columns_learn=texts.requires_grad) if learns else None
         loss, bias_sum = image.new_zeros(len(image)), image.new_zeros(len(image))
         for rows, columns, logits, spare in tiles:
             # With the sign of the pairs turned, the loss of every entry is -log sigmoid(-x) and its slope sigmoid(x).
@@ -200,4 +200,5 @@ class _TiledSiglipLoss(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
-        return *(x * (gradient / ctx.rows) for x in ctx.saved_tensors), None, None, None, None
+        gradients = (None if x is None else x * (gradient / ctx.rows) for x in ctx.saved_tensors)
+        return *gradients, None, None, None, None

@@ -114,7 +114,7 @@ class _TiledLoss(torch.autograd.Function):
         with without_autocast(image):
             student = LogitTiles(image, texts, scale, first, tile)
             teacher = LogitTiles(*of_teacher_tiles, first, tile)
-            sums = FeatureGradients(student)
+            sums = FeatureGradients(student, columns_learn=ctx.needs_input_grad[1])
             for (rows, columns, logits, slope), (_, _, targets, spare) in zip(student, teacher, strict=True):
                 of_student[0].probability(rows, logits, 1, weights[0], out=slope)
                 slope += of_student[1].probability(columns, logits, 0, weights[1], out=logits)

@@ -65,21 +65,28 @@ class LogitTiles:
 
 
 class FeatureGradients:
-    """Gradients of rows [B, D], columns [N, D] and scale () of some LogitTiles, summed up tile by tile."""
+    """Gradients of rows [B, D], columns [N, D] and scale () of some LogitTiles, summed up tile by tile.
 
-    def __init__(self, tiles: LogitTiles):
+    Without `columns_learn`, as when a text tower is locked, there is none for the columns: a quarter less work.
+    """
+
+    def __init__(self, tiles: LogitTiles, columns_learn: bool = True):
         self.tiles = tiles
-        self.rows, self.columns = torch.zeros_like(tiles.rows), torch.zeros_like(tiles.columns)
+        self.rows = torch.zeros_like(tiles.rows)
+        self.columns = torch.zeros_like(tiles.columns) if columns_learn else None
 
     def add(self, rows: slice, columns: slice, gradient: Tensor) -> None:
         """Takes in the gradient of one tile of logits."""
         self.rows[rows].addmm_(gradient, self.tiles.columns[columns])
-        self.columns[columns].addmm_(gradient.T, self.tiles.rows[rows])
+        if self.columns is not None:
+            self.columns[columns].addmm_(gradient.T, self.tiles.rows[rows])
 
-    def finish(self) -> tuple[Tensor, Tensor, Tensor]:
+    def finish(self) -> tuple[Tensor, Tensor | None, Tensor]:
         """(rows, columns, scale). The sums so far lack the scale; times the rows they are the scale's gradient."""
-        scale = torch.linalg.vecdot(self.rows, self.tiles.rows).sum()
-        return self.rows.mul_(self.tiles.scale), self.columns.mul_(self.tiles.scale), scale
+        # A product and a sum would hold another [B, D].
+        scale = torch.einsum("bd,bd->b", self.rows, self.tiles.rows).sum()
+        columns = None if self.columns is None else self.columns.mul_(self.tiles.scale)
+        return self.rows.mul_(self.tiles.scale), columns, scale
 
 
 class RunningSoftmax:

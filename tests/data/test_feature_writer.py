@@ -62,7 +62,7 @@ def computed(log: Path) -> list[tuple[str, str]]:
 def test_kill_at_every_write_sync_and_rename(tmp_path: Path, uninterrupted: Path, world: int) -> None:
     status, number, path, log = -signal.SIGKILL, 0, tmp_path / "features.h5", tmp_path / "log"
     while status == -signal.SIGKILL:
-        number += 1
+        number += 1 if world == 1 else 3
         shutil.rmtree(tmp_path)
         tmp_path.mkdir()
 
@@ -105,24 +105,31 @@ def test_killed_20_times_at_random_moments(tmp_path: Path, uninterrupted: Path) 
     assert filecmp.cmp(path, uninterrupted, shallow=False)
 
 
-def test_two_ranks_at_once(tmp_path: Path) -> None:
+@pytest.mark.parametrize("world", [2, 2, 3, 5])
+def test_ranks_at_once(tmp_path: Path, world: int) -> None:
     path = tmp_path / "features.h5"
     fork = multiprocessing.get_context("fork")
-    ranks = [fork.Process(target=extract, args=(path, rank, 2)) for rank in range(2)]
+    start = fork.Barrier(world)
+
+    def rank_of(rank: int) -> None:
+        writer = FeatureWriter(path, ARRAYS, IDENTITY, ITEMS, rank, world)
+        for kind in ITEMS:
+            ids = writer.missing(kind)
+            writer.write(ids, {name: features(name, ids) for name, spec in ARRAYS.items() if spec.item_kind == kind})
+        start.wait()  # So that all join the parts at the same time.
+        writer.finish()
+
+    ranks = [fork.Process(target=rank_of, args=(rank,)) for rank in range(world)]
     for process in ranks:
         process.start()
     for process in ranks:
         process.join()
         assert process.exitcode == 0
     assert_whole(path)
-    assert sorted(file.name for file in tmp_path.iterdir()) == [
-        "features.h5",
-        "features.h5.rank-00000-of-00002",
-        "features.h5.rank-00001-of-00002",
-    ]
+    assert len(list(tmp_path.iterdir())) == world + 1
 
 
-@pytest.mark.parametrize("worlds", [(1, 2), (2, 1), (3, 2, 3), (1, 3, 1), (2, 50)])
+@pytest.mark.parametrize("worlds", [(1, 2), (2, 1), (3, 2, 3), (1, 3, 1), (2, 25)])
 def test_resume_with_another_world_size(tmp_path: Path, worlds: tuple[int, ...]) -> None:
     path, log = tmp_path / "features.h5", tmp_path / "log"
     for world in worlds[:-1]:
@@ -131,6 +138,11 @@ def test_resume_with_another_world_size(tmp_path: Path, worlds: tuple[int, ...])
     rows = computed(log)
     assert len(rows) == len(set(rows)) == TOTAL
     assert_whole(path)
+
+
+def test_a_rank_with_nothing_to_do(tmp_path: Path) -> None:
+    assert not extract(tmp_path / "features.h5", rank=49, world=50)
+    assert not list(tmp_path.iterdir())
 
 
 def test_parts_of_which_nothing_was_written_go(tmp_path: Path) -> None:
@@ -191,6 +203,13 @@ def test_a_full_disk_is_one_line_and_the_run_goes_on(tmp_path: Path, monkeypatch
     assert_whole(path)
 
 
+def test_writes_the_system_cuts_short_go_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    write = os.pwrite
+    monkeypatch.setattr(os, "pwrite", lambda file, data, offset: write(file, data[:1000], offset))
+    assert extract(tmp_path / "features.h5")
+    assert_whole(tmp_path / "features.h5")
+
+
 def test_too_little_room_is_said_before_anything_is_computed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     usage = shutil.disk_usage(tmp_path)._replace(free=10_000)
     monkeypatch.setattr(feature_writer.shutil, "disk_usage", lambda folder: usage)
@@ -229,7 +248,7 @@ def test_done_bytes_follow_the_sync_of_what_they_vouch_for(tmp_path: Path, monke
     calls: list[str] = []
     write, sync = os.pwrite, os.fsync
     writer = FeatureWriter(tmp_path / "features.h5", ARRAYS, IDENTITY, ITEMS)
-    flags = {writer._part.offsets[f"/done/{kind}"]: len(ids) for kind, ids in ITEMS.items()}
+    flags = {writer._part.offsets[f"done/{kind}"]: len(ids) for kind, ids in ITEMS.items()}
 
     def noted_write(file: int, data: memoryview, offset: int) -> int:
         is_flag = any(start <= offset < start + count for start, count in flags.items())
