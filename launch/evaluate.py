@@ -17,6 +17,7 @@ def parse_arguments() -> argparse.Namespace:
     )
     parser.add_argument("--data", required=True, help="evaluation shards ('val-{000000..000004}.tar') or a CSV file")
     parser.add_argument("--output_dir", type=Path, required=True, help="eval.jsonl is written here")
+    parser.add_argument("--zero_shot", type=Path, help="folder of classnames.txt, templates.txt and pictures by class")
     parser.add_argument("--precision", choices=["fp32", "bf16", "fp16"], default="fp32")
     parser.add_argument("--set", dest="overrides", action="append", default=[], metavar="KEY=VALUE")
     parser.add_argument("--local_rank", type=int, default=0, help=argparse.SUPPRESS)
@@ -32,7 +33,12 @@ def main() -> int:
 
         start_processes()
         evaluate_checkpoint(
-            arguments.checkpoint, arguments.data, arguments.output_dir, arguments.precision, arguments.overrides
+            arguments.checkpoint,
+            arguments.data,
+            arguments.output_dir,
+            arguments.precision,
+            arguments.overrides,
+            arguments.zero_shot,
         )
     except UserError as error:
         print(f"convclip: {error}", file=sys.stderr)

@@ -1,4 +1,4 @@
-"""Reads a feature store, and holds one in memory. Both know arrays by name and rows by item id.
+"""Reads a feature store: arrays by name, rows by item id.
 
 Batches are copied from memory maps of the files at the byte offsets HDF5 gives: a map is the page cache itself, shared
 by all processes, and for shuffled rows up to 4 times faster than a system call per row (benchmarks/feature_store.py).
@@ -26,36 +26,7 @@ from convclip.schema import UserError
 _UNMAP_AFTER_BYTES = 2**30
 
 
-class _Store:
-    """What both stores have in common: arrays by name, and the row of an item id."""
-
-    def __init__(self, name: str, arrays: Mapping[str, ArraySpec], ids: Mapping[str, Ids]) -> None:
-        self._name, self.arrays = name, dict(arrays)
-        self.identity: dict[str, Any] = {}
-        self._items = {kind: ItemIds(values) for kind, values in ids.items()}
-
-    def __contains__(self, name: str) -> bool:
-        return name in self.arrays
-
-    def rows(self, name: str, ids: Ids) -> np.ndarray:
-        """Row numbers int64 [n] of `ids` in array `name`. Raises UserError naming an id the store does not know."""
-        rows = self._items_of(name).find(ids)
-        if (rows < 0).any():
-            unknown = encode_ids(ids)[rows < 0]
-            first, more = decode_id(unknown[0]), len(unknown) - 1
-            raise UserError(f"{self._name}: array {name} has no row for item {first!r} and {more} more asked for")
-        return rows
-
-    def _spec(self, name: str) -> ArraySpec:
-        if name not in self.arrays:
-            raise UserError(f"{self._name}: no array {name}; it has {', '.join(sorted(self.arrays))}")
-        return self.arrays[name]
-
-    def _items_of(self, name: str) -> ItemIds:
-        return self._items[self._spec(name).item_kind]
-
-
-class FeatureStore(_Store):
+class FeatureStore:
     """A finished feature store, read-only; safe to fork, and opened anew where it is unpickled.
 
     `expect` names identity values the store must have. Raises UserError naming key and both values where one differs,
@@ -74,8 +45,8 @@ class FeatureStore(_Store):
                 raise UserError(
                     f"{self.path}: only {done.sum()} of {len(done)} {kind} rows are done; finish extracting"
                 )
-        super().__init__(str(path), layout.arrays, layout.ids)
-        self.identity = layout.identity
+        self.arrays, self.identity = dict(layout.arrays), layout.identity
+        self._items = {kind: ItemIds(values) for kind, values in layout.ids.items()}
         self._crc32 = layout.crc32
         self._extents = layout.extents
         self._files: dict[Path, _DataFile] = {}
@@ -87,6 +58,18 @@ class FeatureStore(_Store):
                 self._files[extent.file].require(name, extent, spec.row_bytes)
             # Anonymous shared memory: what one forked worker has verified, the others need not.
             self._verified[name] = np.frombuffer(mmap.mmap(-1, len(self._crc32[name]) or 1), dtype=np.uint8)
+
+    def __contains__(self, name: str) -> bool:
+        return name in self.arrays
+
+    def rows(self, name: str, ids: Ids) -> np.ndarray:
+        """Row numbers int64 [n] of `ids` in array `name`. Raises UserError naming an id the store does not know."""
+        rows = self._items_of(name).find(ids)
+        if (rows < 0).any():
+            unknown = encode_ids(ids)[rows < 0]
+            first, more = decode_id(unknown[0]), len(unknown) - 1
+            raise UserError(f"{self.path}: array {name} has no row for item {first!r} and {more} more asked for")
+        return rows
 
     def __reduce__(self) -> tuple:
         return FeatureStore, (self.path, self.expect)
@@ -117,6 +100,14 @@ class FeatureStore(_Store):
         self._verify(name, rows, data, new)
         return batch
 
+    def _spec(self, name: str) -> ArraySpec:
+        if name not in self.arrays:
+            raise UserError(f"{self.path}: no array {name}; it has {', '.join(sorted(self.arrays))}")
+        return self.arrays[name]
+
+    def _items_of(self, name: str) -> ItemIds:
+        return self._items[self._spec(name).item_kind]
+
     def _verify(self, name: str, rows: np.ndarray, data: np.ndarray, places: np.ndarray) -> None:
         """Compare data[places] with the checksums of rows[places]."""
         for place in places:
@@ -127,55 +118,6 @@ class FeatureStore(_Store):
                 item = decode_id(self._items[kind].values[row])
                 raise UserError(f"{file}: array {name}, row {row} ({kind} {item!r}) is damaged: its checksum differs")
             self._verified[name][row] = 1
-
-
-class MemoryStore(_Store):
-    """A feature store in memory, filled while it is used: the first epoch writes, later ones read.
-
-    Same reading interface as FeatureStore, for items written so far. Raises UserError when all rows of `item_ids`
-    would need more than `limit_bytes`.
-    """
-
-    def __init__(self, arrays: Mapping[str, ArraySpec], item_ids: Mapping[str, Ids], limit_bytes: int) -> None:
-        super().__init__("features in memory", arrays, item_ids)
-        needed = sum(spec.row_bytes * len(self._items[spec.item_kind]) for spec in self.arrays.values())
-        if needed > limit_bytes:
-            raise UserError(
-                f"features: fill needs {needed / 1e9:.2f} GB of memory, the limit is {limit_bytes / 1e9:.2f} GB; "
-                "store them in a file with tools/extract_features.py"
-            )
-        # The system gives memory to these only as rows are written.
-        self._data = {
-            name: torch.empty((len(self._items[spec.item_kind]), *spec.row_shape), dtype=spec.torch_dtype)
-            for name, spec in self.arrays.items()
-        }
-        self._done = {name: np.zeros(len(rows), dtype=bool) for name, rows in self._data.items()}
-
-    def ids(self, name: str) -> np.ndarray | list[str]:
-        """Ids of the items whose row of array `name` is filled."""
-        return decode_ids(self._items_of(name).values[self._done[name]])
-
-    def has(self, name: str, ids: Ids) -> np.ndarray:
-        """Whether the row of array `name` is filled, for each of `ids`: bool [n]."""
-        rows = self._items_of(name).find(ids)
-        return (rows >= 0) & self._done[name][rows]
-
-    def write(self, ids: Ids, rows: Mapping[str, torch.Tensor]) -> None:
-        """Fill the rows [n, *row_shape] of `ids` in each array that `rows` names; filling again replaces them."""
-        for name, values in rows.items():
-            spec = self._spec(name)
-            if values.dtype != spec.torch_dtype or values.shape != (len(ids), *spec.row_shape):
-                raise ValueError(f"{name}: rows are {tuple(values.shape)} {values.dtype}, wanted {spec}")
-            places = self.rows(name, ids)
-            self._data[name][torch.from_numpy(places)] = values.detach().cpu()
-            self._done[name][places] = True
-
-    def read(self, name: str, ids: Ids) -> torch.Tensor:
-        """Rows [n, *row_shape] of array `name`, in the order of `ids`. Raises UserError where one is not filled."""
-        rows = self.rows(name, ids)
-        if not self._done[name][rows].all():
-            raise UserError(f"{self._name}: array {name} lacks {(~self._done[name][rows]).sum()} of the rows asked")
-        return self._data[name].index_select(0, torch.from_numpy(rows))
 
 
 class _DataFile:

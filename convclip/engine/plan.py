@@ -63,7 +63,9 @@ def make_plan(recipe: Recipe, ds_config: dict[str, Any] | None = None, world: in
         ],
         "notes": _notes(recipe, stages, reached),
     }
-    plan["memory"] = plan_memory(model, recipe, reached, ds_config, world)
+    # The estimate follows a step of pictures; what frames and a temporal part need is not in it.
+    is_video = recipe.video is not None
+    plan["memory"] = None if is_video else plan_memory(model, recipe, reached, ds_config, world)
     plan["lr_curve"] = _lr_curve(recipe, reached, steps_per_epoch, total) if total else None
     return plan
 
@@ -90,7 +92,7 @@ def format_plan(plan: dict[str, Any]) -> str:
                 f"{'':>7}+ {group['name']:<24} {group['parameters']:>13,}  lr x {group['lr_scale']:g}  "
                 f"weight decay {group['weight_decay']:g}"
             )
-    lines += format_memory(plan["memory"])
+    lines += format_memory(plan["memory"]) if plan["memory"] else []
     lines += [f"note: {note}" for note in plan["notes"]]
     return "\n".join(lines)
 

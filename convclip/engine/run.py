@@ -14,7 +14,7 @@ from convclip.config import load_recipe
 from convclip.data.features import FeatureStore
 from convclip.data.loader import TrainLoader
 from convclip.data.tokenizers import build_tokenizer
-from convclip.data.transforms import TrainTransform
+from convclip.data.transforms import EvalTransform, TrainTransform
 from convclip.distributed import is_main, rank, world_size
 from convclip.engine.checkpoint import checkpoint_path, load_weights, read_state, write_text
 from convclip.engine.ds_config import load_ds_config, precision, resolve_ds_config
@@ -28,6 +28,7 @@ from convclip.engine.run_folder import open_run_folder
 from convclip.engine.trainer import Trainer
 from convclip.engine.video_extraction import extract_frozen
 from convclip.engine.video_parts import open_video_inputs
+from convclip.evaluation.zero_shot import load_zero_shot_set, zero_shot_accuracy
 from convclip.models import build_model
 from convclip.models.teacher import Teacher
 from convclip.models.video_student import with_video_head
@@ -94,22 +95,39 @@ def open_inputs(
 
 
 def evaluate_checkpoint(
-    place: Path, data: str, folder: Path, precision: str = "fp32", overrides: Sequence[str] = ()
+    place: Path,
+    data: str,
+    folder: Path,
+    precision: str = "fp32",
+    overrides: Sequence[str] = (),
+    zero_shot: Path | None = None,
 ) -> dict[str, Any]:
     """Figures of a run's best checkpoint (or the one that `place` is) on `data`, printed and written to eval.jsonl.
 
-    Any ZeRO stage and world size may have trained it. Errors: UserError names what is missing or damaged.
+    Any ZeRO stage and world size may have trained it. `zero_shot` is a folder of classnames.txt, templates.txt and a
+    sub-folder of pictures for each class. Errors: UserError names what is missing or damaged.
     """
     path = checkpoint_path(place)
     recipe = load_recipe(path.parent.parent / "recipe.yaml", overrides)
+    if zero_shot is not None and recipe.video is not None:
+        raise UserError(f"--zero_shot is for images, and {path} is a video model: leave it out")
+    classes = load_zero_shot_set(zero_shot) if zero_shot is not None else None
     model = with_video_head(build_model(recipe.model), recipe.video)
     load_weights(model, path)
-    device = torch.device(get_accelerator().current_device_name())
-    model = model.to(device, PRECISIONS[precision]).eval()
+    dtype, device = PRECISIONS[precision], torch.device(get_accelerator().current_device_name())
+    model = model.to(device, dtype).eval()
     evaluation = open_evaluation(recipe, data)
-    figures = evaluation.figures(model, device, PRECISIONS[precision])
+    figures = evaluation.figures(model, device, dtype)
+    table = evaluation.table(figures)
+    if classes is not None:
+        transform, tokenizer = EvalTransform(recipe.model.image.image_size), build_tokenizer(recipe.model.text)
+        settings = (recipe.model.image, device, dtype, recipe.evaluation.batch, recipe.data.workers)
+        found = zero_shot_accuracy(model, classes, transform, tokenizer, *settings)
+        figures["zero_shot"] = found
+        table += f"\nzero-shot, {found['classes']} classes, {found['images']} images: "
+        table += f"top-1 {found['top1']:.2f} top-5 {found['top5']:.2f}"
     if is_main():
-        print(evaluation.table(figures))
+        print(table)
         row = {"checkpoint": str(path), "data": data, "precision": precision, "step": read_state(path).step, **figures}
         try:
             folder.mkdir(parents=True, exist_ok=True)

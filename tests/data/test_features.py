@@ -19,7 +19,7 @@ from torch.utils.data import DataLoader, Dataset
 
 from convclip.data.feature_format import FORMAT_VERSION, ArraySpec
 from convclip.data.feature_writer import FeatureWriter
-from convclip.data.features import FeatureStore, MemoryStore, file_sha256, state_dict_sha256, view_ids
+from convclip.data.features import FeatureStore, file_sha256, state_dict_sha256, view_ids
 from convclip.data.item_ids import ItemIds
 from convclip.schema import UserError
 from tests.data.extraction import ARRAYS, IDENTITY, ITEMS, extract, features, in_child
@@ -297,20 +297,3 @@ def test_fingerprints(tmp_path: Path) -> None:
     assert digest == state_dict_sha256({**state, "b": torch.arange(6.0).view(2, 3).t().contiguous().t()})
     others = [{"b": state["b"].t()}, {"b": state["b"] + 1}, {"a": torch.ones(())}, {"c": torch.ones(1)}]
     assert len({digest, *(state_dict_sha256({**state, **other}) for other in others)}) == 5
-
-
-def test_store_in_memory(expected: dict[str, torch.Tensor]) -> None:
-    store = MemoryStore(ARRAYS, ITEMS, limit_bytes=10**6)
-    images = ITEMS["image"]
-    store.write(images[5:9], {"map": expected["map"][5:9]})
-    assert "map" in store and store.ids("map").tolist() == images[5:9].tolist()
-    assert store.has("map", [images[4], images[5], 10**7]).tolist() == [False, True, False]
-    assert torch.equal(store.read("map", images[[8, 5, 8]]), expected["map"][[8, 5, 8]])
-    with pytest.raises(UserError, match="array map lacks 1 of the rows asked"):
-        store.read("map", images[4:6])
-    with pytest.raises(UserError, match="no row for item 10000000"):
-        store.read("map", [10**7])
-    with pytest.raises(ValueError, match="wanted"):
-        store.write(images[:1], {"map": expected["map"][:1].float()})
-    with pytest.raises(UserError, match=r"needs 0.15 GB of memory, the limit is 0.10 GB"):
-        MemoryStore({"map": ArraySpec((1024, 7, 7), "float16")}, {"item": range(1500)}, limit_bytes=10**8)

@@ -108,9 +108,11 @@ def what_learns(files: Path, folder: Path) -> dict[str, Any]:
 
     before, run.Trainer = run.Trainer, Kept
     try:
-        train(files, folder / "state", "zero1_fp32", features={"views": 1}, head_alignment=ALIGN)
+        saved = {"checkpoint": {"every_epochs": 3}, "head_alignment": ALIGN}
+        train(files, folder / "state", "zero1_fp32", features={"views": 1}, **saved)
     finally:
         run.Trainer = before
+    run.evaluate_checkpoint(folder / "state", str(files / "val-000000.tar"), folder / "evaluated")
     trainer = made[0]
     frozen = [*trainer.source.teacher.named_parameters(), *trainer.engine.module.reference.named_parameters()]
     held = {piece.parameter for shard in optimizer_shards(trainer.engine) for piece in shard.pieces}
@@ -118,6 +120,7 @@ def what_learns(files: Path, folder: Path) -> dict[str, Any]:
     return {
         "gradient": [name for name, parameter in frozen if parameter.requires_grad or parameter.grad is not None],
         "in eval": not (trainer.source.teacher.training or trainer.engine.module.reference.training),
+        "evaluated": (folder / "evaluated" / "eval.jsonl").is_file(),
         "held": sorted(held),
         "trainable": sorted(trainer.stages[-1].trainable),
         "reference moved": not torch.equal(
@@ -220,6 +223,8 @@ def test_teacher_logits_from_the_store_are_the_live_ones(runs):
 def test_teacher_and_reference_head_learn_nothing(runs):
     state = runs[0]["checks"]["state"]
     assert state["gradient"] == [] and state["in eval"] and not state["reference moved"]
+    # What a run is evaluated or gone on from has no use for the reference head.
+    assert state["evaluated"]
     assert state["held"] == state["trainable"]
     assert not any("reference" in name or "teacher" in name for name in state["held"])
 

@@ -1,12 +1,7 @@
-"""The chunked step against a plain PyTorch loop that has every feature with gradient, one loss, one backward.
-
-Rows of the global batch: rank by rank, chunk by chunk. Where something is random the loop draws as the ranks do: each
-rank has a generator of its own, which its chunks use in turn, once.
-"""
+"""The chunked step against a plain PyTorch loop that has every feature with gradient, one loss, one backward."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from dataclasses import replace
 from typing import Any
 
@@ -16,181 +11,39 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from convclip.engine.inputs import Inputs
-from convclip.engine.parameter_groups import Stage, training_stages
-from convclip.engine.steps import RandomState, chunked_step
-from convclip.losses.contrastive import clip_loss
-from convclip.models import build_model
+from convclip.engine.parameter_groups import training_stages
+from convclip.engine.steps import chunked_step
 from convclip.models.dual_tower import DualTower
-from convclip.models.layer_groups import frozen_image_boundary
 from convclip.schema import Recipe
 from tests.engine.small_engine import run_ranks
+from tests.engine.small_steps import (
+    BATCH,
+    CHUNK,
+    LOCKED,
+    chunked_run,
+    ds_config,
+    frozen,
+    loss_of,
+    plain_run,
+    rows,
+    small_model,
+    small_recipe,
+)
 
-BATCH, CHUNK, STEPS, LR = 16, 4, 4, 2e-2
 ZERO_STAGES = (0, 1, 2, 3)
-LOCKED = {
-    "lock": ["image", "text"],
-    "unfreeze": [
-        {"step": 1, "tower": "image", "groups": 3},
-        {"step": 1, "tower": "text", "layers": 1},
-        {"step": 2, "tower": "image", "all": True},
-    ],
-    "new_lr_scale": 0.5,
-}
-
-
-def small_recipe(drop_path: float = 0.0, freezing: dict[str, Any] | None = None) -> Recipe:
-    image = {"backbone": "test_convnext", "image_size": 32, "drop_path": drop_path}
-    text = {"width": 32, "heads": 2, "layers": 2, "context_length": 12, "vocab_size": 50}
-    # A large eps: Adam divides by the gradient's size, which would make rounding of tiny gradients visible.
-    values = {"model": {"embed_dim": 16, "image": image, "text": text}, "optim": {"eps": 1e-3, "clip_grad_norm": 0.5}}
-    return Recipe.model_validate({"name": "small", "epochs": 1, "freezing": freezing or {}, **values})
-
-
-def small_model(recipe: Recipe) -> DualTower:
-    torch.manual_seed(0)
-    return build_model(recipe.model)
-
-
-def rows(step: int) -> tuple[Tensor, Tensor, Tensor]:
-    """The global batch of a step: pictures, captions of many lengths, image ids, some of them twice."""
-    generator = torch.Generator().manual_seed(1000 + step)
-    images = torch.randn(BATCH, 3, 32, 32, generator=generator)
-    texts = torch.randint(1, 49, (BATCH, 12), generator=generator)
-    texts[torch.arange(BATCH), torch.randint(2, 12, (BATCH,), generator=generator)] = 49
-    return images, texts, torch.randint(0, BATCH - 4, (BATCH,), generator=generator)
-
-
-def plain_loss(image: Tensor, text: Tensor, scale: Tensor, ids: Tensor) -> Tensor:
-    """The loss of the whole batch on whole logits."""
-    others = (ids[:, None] == ids) & ~torch.eye(len(ids), dtype=torch.bool)
-    logits = (scale * image @ text.T).masked_fill(others, -torch.inf)
-    labels = torch.arange(len(ids))
-    return (F.cross_entropy(logits, labels) + F.cross_entropy(logits.T, labels)) / 2
-
-
-def plain_run(recipe: Recipe, world: int, chunk: int) -> dict[str, Tensor]:
-    """The oracle in one process: torch.optim.AdamW, add_param_group at the events."""
-    model = small_model(recipe).requires_grad_(False)
-    parameters = dict(model.named_parameters())
-    stages = training_stages(model, recipe)
-    optimizer = torch.optim.AdamW([torch.zeros(1)], lr=0.0, betas=recipe.optim.betas, eps=recipe.optim.eps)
-    generators = []
-    for rank in range(world):
-        torch.manual_seed(rank)
-        generators.append(RandomState.now())
-    for step in range(STEPS):
-        for stage in stages:
-            if stage.start(STEPS) == step:
-                for group in stage.opened:
-                    members = [parameters[name].requires_grad_() for name in group.parameters]
-                    scales = {"weight_decay": group.weight_decay, "lr": LR * group.lr_scale}
-                    optimizer.add_param_group({"params": members, **scales})
-                model.train()
-        images, texts, ids = rows(step)
-        features = []
-        for rank, share in enumerate(torch.arange(BATCH).chunk(world)):
-            generators[rank].restore()
-            features += [model(images[part], texts[part]) for part in share.split(chunk)]
-            generators[rank] = RandomState.now()
-        image, text, scale = (torch.cat(column) for column in zip(*features, strict=True))
-        optimizer.zero_grad()
-        plain_loss(image, text, scale[0], ids).backward()
-        torch.nn.utils.clip_grad_norm_([p for p in parameters.values() if p.requires_grad], 0.5)
-        optimizer.step()
-    return {name: parameter.detach() for name, parameter in parameters.items()}
-
-
-def ds_config(zero_stage: int, world: int, precision: str, chunk: int) -> dict[str, Any]:
-    config: dict[str, Any] = {
-        "train_batch_size": BATCH,
-        "train_micro_batch_size_per_gpu": chunk,
-        "gradient_accumulation_steps": BATCH // world // chunk,
-        "gradient_clipping": 0.5,
-        "steps_per_print": 10**9,
-        "zero_optimization": {"stage": zero_stage},
-        "zero_force_ds_cpu_optimizer": False,
-    }
-    return {**config, "bf16": {"enabled": True}} if precision == "bf16" else config
-
-
-def chunks(step: int, size: int, dtype: torch.dtype) -> Iterator[Inputs]:
-    """This rank's chunks."""
-    rank, world = torch.distributed.get_rank(), torch.distributed.get_world_size()
-    share = torch.arange(BATCH).chunk(world)[rank]
-    images, texts, ids = rows(step)
-    for part in share.split(size):
-        yield Inputs(images[part].to(dtype), 0, texts[part], ids[part])
-
-
-def loss_of(image: Tensor, text: Tensor, scale: Tensor, batches: list[Inputs]) -> dict[str, Tensor]:
-    return {"total": clip_loss(image, text, scale, tile=3, ids=torch.cat([batch.image_id for batch in batches]))}
-
-
-def chunked_run(
-    recipe: Recipe, zero_stage: int, precision: str = "fp32", chunk: int = CHUNK, keep: float = 1e9
-) -> dict[str, Tensor]:
-    """Train by chunked steps under DeepSpeed, rebuilt at the events; full fp32 masters and frozen weights."""
-    from convclip.engine.rebuild import build_engine, rebuild_engine
-
-    world = torch.distributed.get_world_size()
-    config = ds_config(zero_stage, world, precision, chunk)
-    model = small_model(recipe)
-    values = {name: parameter.detach().clone() for name, parameter in model.named_parameters()}
-    stages = {stage.start(STEPS): stage for stage in training_stages(model, recipe)}
-    engine = build_engine(model, stages[0].groups, config, recipe.optim, values)
-    torch.manual_seed(torch.distributed.get_rank())
-    stage = stages[0]
-    for step in range(STEPS):
-        if step and step in stages:
-            stage = stages[step]
-            opened = {n: values[n] for group in stage.opened for n in group.parameters}
-            engine = rebuild_engine(engine, stage.groups, config, recipe.optim, opened)
-        for group in engine.optimizer.param_groups:
-            group["lr"] = LR * group["lr_scale"]
-        inputs = chunks(step, chunk, torch.bfloat16 if precision == "bf16" else torch.float32)
-        chunked_step(engine, inputs, loss_of, *frozen(engine.module, stage), keep)
-    return {**values, **masters(engine, values)}
-
-
-def frozen(model: DualTower, stage: Stage) -> tuple[int, bool]:
-    """(boundary below which the image tower is frozen, is the text tower) of a stage."""
-    return frozen_image_boundary(model, stage.trainable), not any(n.startswith("text.") for n in stage.trainable)
-
-
-def masters(engine: Any, like: dict[str, Tensor]) -> dict[str, Tensor]:
-    """The trained parameters' fp32 masters, full, gathered over ranks."""
-    from convclip.engine.shards import is_replicated, optimizer_shards
-
-    full: dict[str, Tensor] = {}
-    for shard in optimizer_shards(engine):
-        for piece in shard.pieces:
-            full.setdefault(piece.parameter, torch.zeros(like[piece.parameter].numel()))
-            values = shard.flat[piece.offset : piece.offset + piece.length]
-            full[piece.parameter][piece.start : piece.start + piece.length] = values
-    names = sorted({name for names in gathered(list(full)) for name in names})
-    for name in names:
-        value = full.setdefault(name, torch.zeros(like[name].numel()))
-        if not is_replicated(engine):
-            torch.distributed.all_reduce(value)
-    return {name: full[name].view_as(like[name]) for name in names}
-
-
-def gathered(names: list[str]) -> list[list[str]]:
-    from convclip.distributed import gather_objects
-
-    return gather_objects(names)
 
 
 def all_ways(world: int) -> dict[Any, dict[str, Tensor]]:
     """Every case in one process group (starting processes is what costs time)."""
+    random, still, whole = small_recipe(0.4, LOCKED), small_recipe(0.0, LOCKED), small_recipe()
     found: dict[Any, dict[str, Tensor]] = {}
     for stage in ZERO_STAGES:
-        found["random, kept", stage] = chunked_run(small_recipe(0.4, LOCKED), stage)
-        found["bf16", stage] = chunked_run(small_recipe(), stage, "bf16")
+        found["random, kept", stage] = chunked_run(random, ds_config(stage))
+        found["bf16", stage] = chunked_run(whole, ds_config(stage, "bf16"))
     for stage in (2, 3):
-        found["still", stage] = chunked_run(small_recipe(0.0, LOCKED), stage)
-    found["random, not kept", 3] = chunked_run(small_recipe(0.4, LOCKED), 3, keep=0.0)
-    found["bf16 in one", 0] = chunked_run(small_recipe(), 0, "bf16", BATCH // world)
+        found["still", stage] = chunked_run(still, ds_config(stage))
+    found["random, not kept", 3] = chunked_run(random, ds_config(3), keep=0.0)
+    found["bf16 in one", 0] = chunked_run(whole, ds_config(0, "bf16", BATCH // world))
     return found
 
 
@@ -330,9 +183,7 @@ def test_stored_maps_and_embeddings_give_the_gradients_of_live_ones():
 
 
 def test_random_numbers_and_running_statistics_go_on_as_after_one_pass():
-    recipe = small_recipe(0.4)
-    image = recipe.model.image.model_copy(update={"backbone": "test_resnet", "head": "average_linear"})
-    recipe = recipe.model_copy(update={"model": recipe.model.model_copy(update={"image": image})})
+    recipe = small_recipe(0.4, backbone="test_resnet")
     once, _, _ = stage0_model(recipe)
     torch.manual_seed(1)
     for chunk in plain_chunks():

@@ -77,6 +77,24 @@ def test_evaluation_by_its_own_command_finds_the_same_figures(launched, files, t
     assert found["val_loss"] == pytest.approx(trained["val_loss"], rel=1e-5)
 
 
+def test_an_exported_run_embeds_the_same_in_open_clip(launched, files, tmp_path):
+    import open_clip
+
+    from convclip.config import load_recipe
+    from convclip.engine.checkpoint import load_weights
+    from convclip.models import build_model
+
+    _, output = launched
+    export = [sys.executable, "tools/export_open_clip.py", "--checkpoint", str(output), "--output_dir"]
+    done = run([*export, str(tmp_path / "export")])
+    assert done.returncode == 0, done.stdout + done.stderr
+    theirs, _, _ = open_clip.create_model_and_transforms(f"local-dir:{tmp_path / 'export'}")
+    ours = build_model(load_recipe(output / "recipe.yaml").model).eval()
+    load_weights(ours, output / (output / "best").read_text().strip())
+    images = torch.randn(2, 3, 32, 32)
+    assert torch.allclose(theirs.eval().encode_image(images), ours.encode_image(images), atol=1e-5)
+
+
 def worlds_in_stages(files, folder, stages):
     return {stage: train_here(files, f"{folder}/{stage}", stage, ("max_steps=20",))["steps"] for stage in stages}
 
