@@ -46,7 +46,8 @@ class RunState:
 
 def save_locked(model: nn.Module, trainable: set[str], folder: Path) -> None:
     """Write the fp32 weights of the parameters that do not train at the start, once, to `folder`/locked.safetensors."""
-    if is_main():
+    # The main rank alone looks for the file: seen by a rank that comes late, it would keep that one from the barrier.
+    if is_main() and not (folder / "locked.safetensors").is_file():
         folder.mkdir(parents=True, exist_ok=True)
         locked = {n: p.detach().cpu().contiguous() for n, p in model.named_parameters() if n not in trainable}
         # safetensors cannot read back a file that has neither tensors nor metadata, as where nothing is locked.

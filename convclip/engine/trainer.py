@@ -276,8 +276,7 @@ class Trainer:
             state = read_state(checkpoint)
             load_weights(model, checkpoint)
             self.step, self.stage, self.best = state.step, state.stage, state.best
-        if not (self.folder / "checkpoints" / "locked.safetensors").is_file():
-            save_locked(model, self.stages[0].trainable, self.folder / "checkpoints")
+        save_locked(model, self.stages[0].trainable, self.folder / "checkpoints")
         self.sizes = {name: parameter.numel() for name, parameter in model.named_parameters()}
         ever_trained = self.stages[-1].trainable
         self.fp32_values = {n: p.detach().clone().cpu() for n, p in model.named_parameters() if n in ever_trained}

@@ -10,6 +10,10 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from convclip.config import load_recipe
+from convclip.engine.frozen import storable
+from convclip.engine.parameter_groups import reached_stages
+from convclip.models import build_model
 from convclip.schema import UserError
 from tests.engine.frozen_run import EVENTS, OPEN_ALL, call_script, make_frozen_files, make_recipe, overrides, train
 from tests.engine.small_engine import run_ranks
@@ -259,3 +263,24 @@ def test_the_command_line_says_so_in_one_line(runs, files, tmp_path):
         assert "Traceback" not in done.stderr
         last = done.stderr.strip().splitlines()[-1]
         assert all(word in last for word in words), last
+
+
+def test_the_plan_says_what_can_be_stored_and_its_size():
+    recipe = load_recipe("base_absattn_distill_unfreeze", ["teacher.pretrained=anything"])
+    with torch.device("meta"):
+        model = build_model(recipe.model)
+    lines = storable(model, recipe, reached_stages(model, recipe))
+    images = round(591_753 / 5)
+    gib = images * 1024 * 7 * 7 * 2 / 2**30
+    # Training opens the last two of 38 groups.
+    assert lines[0].startswith("image_map: 1024x7x7 bfloat16 entering layer group 36 per view")
+    assert float(lines[0].split()[-2]) == pytest.approx(gib, abs=0.02)
+    assert [line.split(":")[0] for line in lines[1:4]] == ["text_embedding", "teacher_image", "teacher_text"]
+    assert f"about {images:,} views and 591,753 captions" in lines[-1]
+
+
+def test_nothing_can_be_stored_where_nothing_is_locked():
+    recipe = load_recipe("tiny_gpt2_nofreeze")
+    with torch.device("meta"):
+        model = build_model(recipe.model)
+    assert storable(model, recipe, reached_stages(model, recipe)) == []
