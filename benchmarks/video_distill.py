@@ -192,7 +192,7 @@ def main() -> None:
             if done.returncode:
                 sys.exit(done.stdout + done.stderr)
             found[mode] = json.loads(done.stdout.splitlines()[-1])
-            print(f"{mode}: {found[mode]['wall']:.2f} s a step", flush=True)
+            print(f"{mode}: {found[mode]['wall']:.2f} s a step, {found[mode]['cpu']:.2f} s of CPU", flush=True)
         report(found, options.batch)
 
 
