@@ -18,6 +18,7 @@ class UserError(Exception):
 
 Positive = Annotated[float, Field(gt=0)]
 Decay = Annotated[float, Field(ge=0, lt=1)]
+Weight = Annotated[float, Field(ge=0)]
 Part = Literal["image", "text", "temporal", "aggregation", "logit_scale"]
 
 
@@ -225,6 +226,28 @@ class HeadAlignment(Section):
     end_step: int | None = Field(None, gt=0)
 
 
+class Video(Section):
+    """Video-text training (TeachCLIP): the data are MSR-VTT's CSVs, the model is a dual tower with a video head.
+
+    A loss without its weight is off; `weights` are those of the ground truth, the coarse and the fine loss.
+    """
+
+    # MSR-VTT's JSON, for split CSVs without captions of their own; the folder that make_shards.py --kind video wrote.
+    annotations: str | None = None
+    frame_store: str | None = None
+    frames: int = Field(12, gt=0)
+    words: int = Field(32, gt=2)
+    temporal_layers: int = Field(4, gt=0)
+    # Where the temporal transformer starts: from the text tower's first blocks, or passing frames unchanged.
+    temporal_init: Literal["text", "identity"] = "text"
+    # False: padded frames count, as in the original.
+    mask_padding: bool = True
+    # Stores of extract_features.py --kind xclip (.h5), or X-CLIP checkpoints to run live; averaged.
+    teachers: tuple[str, ...] = ()
+    coarse: Literal["pearson", "ce"] = "pearson"
+    weights: tuple[Weight, Weight, Weight] = (0.2, 1.0, 2.0)
+
+
 class Features(Section):
     """Work of frozen parts: `live` does it every step, `fill` does it once before the first step and stores it in the
     run's folder, `store` reads a file of tools/extract_features.py. A recipe may write the mode alone, or a path.
@@ -296,6 +319,7 @@ class Recipe(Section):
     loss: Loss = Loss()
     teacher: Teacher | None = None
     head_alignment: HeadAlignment | None = None
+    video: Video | None = None
     features: Features = Features()
     evaluation: Evaluation = Evaluation()
     checkpoint: Checkpoint = Checkpoint()
@@ -305,6 +329,21 @@ class Recipe(Section):
     max_bad_steps: int = Field(10, gt=0)
     # Rows of one epoch and expected training images, for --plan without data (COCO train2017: 591,753 captions).
     rows_per_epoch: int | None = Field(None, gt=0)
+
+    @model_validator(mode="after")
+    def _video_has_losses_of_its_own(self) -> Recipe:
+        if self.video is None:
+            return self
+        for name, is_set in (
+            ("teacher", self.teacher is not None),
+            ("head_alignment", self.head_alignment is not None),
+            ("batch.micro", self.batch.micro is not None),
+            ("loss.mask_same_image", self.loss.mask_same_image),
+            ("features.views", self.features.views is not None),
+        ):
+            if is_set:
+                raise ValueError(f"{name} is for image-text training and cannot be used with video: remove it")
+        return self
 
     def to_yaml(self) -> str:
         """The resolved recipe as YAML; `load_recipe` reads it back unchanged."""

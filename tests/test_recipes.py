@@ -48,9 +48,16 @@ TABLE = {
     "rn50_csv": ("RN50", "attention_pool", 1024, "clip", 512, 5e-4, 32, 10000, (), [], 0.1),
 }
 
+# name: (epochs, locked, training rows)
+VIDEO_TABLE = {
+    "teachclip_msrvtt9k": (10, (), 180_000),
+    "teachclip_msrvtt7k": (10, (), 140_200),
+    "teachclip_msrvtt7k_frozen": (16, ("image", "text"), 140_200),
+}
+
 
 def test_the_recipes_are_the_experiments_and_the_demo():
-    assert set(list_recipes()) == {*TABLE, "demo"}
+    assert set(list_recipes()) == {*TABLE, *VIDEO_TABLE, "demo"}
 
 
 @pytest.mark.parametrize("name", TABLE)
@@ -92,6 +99,23 @@ def test_recipe_has_what_the_experiments_share(name):
         assert text.pretrained == "hf-hub:openai-community/gpt2"
 
 
+@pytest.mark.parametrize("name", VIDEO_TABLE)
+def test_video_recipe_is_the_original_set_up(name):
+    recipe = load_recipe(name)
+    optim, video, image = recipe.optim, recipe.video, recipe.model.image
+    assert (recipe.epochs, recipe.freezing.lock, recipe.rows_per_epoch) == VIDEO_TABLE[name]
+    assert (image.backbone, image.head, recipe.model.embed_dim) == ("convnext_base", "average_linear", 640)
+    assert recipe.model.pretrained == "hf-hub:laion/CLIP-convnext_base_w-laion2B-s13B-b82K"
+    assert (optim.weight_decay, optim.betas, optim.eps, optim.clip_grad_norm) == (0.2, (0.9, 0.98), 1e-6, 1.0)
+    assert (optim.warmup_share, recipe.batch.global_, recipe.seed) == (0.1, 120, 42)
+    rates = {part: optim.lr * optim.part_lr_scale.get(part, 1) for part in ("temporal", "aggregation", "image", "text")}
+    towers = [] if recipe.freezing.lock else ["image", "text"]
+    assert rates["temporal"] == 1e-4 and rates["aggregation"] == pytest.approx(1e-3)
+    assert all(rates[tower] == pytest.approx(1e-7) for tower in towers)
+    assert (video.frames, video.words, video.temporal_layers, video.coarse) == (12, 32, 4, "pearson")
+    assert video.weights == (0.2, 1, 2) and video.mask_padding and video.temporal_init == "text"
+
+
 def test_teacher_is_the_released_base_model():
     teacher = load_recipe("base_absattn_distill_frozen").teacher
     assert (teacher.model, teacher.pretrained) == ("convnext_base_w", "laion2b_s13b_b82k")
@@ -104,7 +128,7 @@ def test_demo_is_small_and_shows_an_unfreeze_event():
     assert recipe.model.image.pretrained is recipe.model.pretrained is recipe.model.text.pretrained is None
 
 
-@pytest.mark.parametrize("name", ["demo", *TABLE])
+@pytest.mark.parametrize("name", ["demo", *TABLE, *VIDEO_TABLE])
 def test_resolved_recipe_reads_back_unchanged(name, tmp_path):
     recipe = load_recipe(name)
     (tmp_path / "recipe.yaml").write_text(recipe.to_yaml())
@@ -163,6 +187,7 @@ def test_overrides_reach_every_kind_of_place():
         ("freezing.unfreeze.0.step=5", ["exactly one of epoch and step"]),
         ("freezing.unfreeze.0.groups=5", ["exactly one of groups, layers and all"]),
         ("freezing.unfreeze.0.layers=null", ["exactly one of groups, layers and all"]),
+        ("video={weights: [1, -1, 0]}", ["video.weights.1"]),
         ("freezing.lock=[image]", ["text tower", "lock does not name"]),
     ],
 )

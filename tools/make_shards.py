@@ -1,7 +1,10 @@
-"""Pack pictures and captions in COCO's layout into WebDataset shards with a wids index.
+"""Pack pictures and captions in COCO's layout into WebDataset shards with a wids index, or videos into a frame store.
 
     python tools/make_shards.py --annotations captions_train2017.json --images train2017 --output_dir coco --split train
         [--samples_per_shard 1000] [--resize 256] [--workers N] [--seed 0] [--skip_missing]
+
+    python tools/make_shards.py --kind video --videos VideoData --split_csv MSRVTT_train.9k.csv MSRVTT_JSFUSION_test.csv
+        --output_dir frames [--resize 224] [--frames 12] [--fps 1] [--workers N]
 
 A stopped run goes on where it was when the same command is given again. Pictures that cannot be used are listed in
 <split>.skipped.jsonl; which they are: convclip/data/jpeg.py.
@@ -16,7 +19,9 @@ from functools import partial
 from pathlib import Path
 
 from convclip.data.coco import missing_files, read_coco
+from convclip.data.frame_store import FrameSettings, write_frame_store
 from convclip.data.jpeg import QUALITY
+from convclip.data.msrvtt import find_videos, read_video_ids
 from convclip.data.shard_writer import image_members, reasons, skipped_entry, write_shards
 from convclip.schema import UserError
 
@@ -51,19 +56,49 @@ def make_shards(args: argparse.Namespace) -> None:
         print(f"{reasons(written.skipped)}, see {args.output_dir / args.split}.skipped.jsonl")
 
 
+def make_frame_store(args: argparse.Namespace) -> None:
+    """Decode the videos of the split CSVs once, into a frame store."""
+    for name in ("workers", "frames", "fps"):
+        if getattr(args, name) <= 0:
+            raise UserError(f"--{name} {getattr(args, name)}: must be more than 0")
+    names = dict.fromkeys(name for path in args.split_csv for name in read_video_ids(path))
+    settings = FrameSettings(args.resize or FrameSettings.size, args.frames, args.fps)
+    report = write_frame_store(find_videos(args.videos, list(names)), args.output_dir, settings, args.workers)
+    print(
+        f"{args.output_dir}: frames of {report.decoded + report.reused} videos ({report.reused} were there), "
+        f"{len(report.skipped)} skipped, {len(report.notes)} damaged but used"
+    )
+    for name, reason in {**report.skipped, **report.notes}.items():
+        print(f"{name}: {reason}")
+
+
+def check_flags(args: argparse.Namespace) -> None:
+    """UserError where a flag that the kind needs is not there."""
+    for name in {"image": ("annotations", "images", "split"), "video": ("videos", "split_csv")}[args.kind]:
+        if getattr(args, name) is None:
+            raise UserError(f"--{name} is needed with --kind {args.kind}")
+
+
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--annotations", type=Path, required=True, help="COCO captions file (.json or .json.gz)")
-    parser.add_argument("--images", type=Path, required=True, help="folder of the image files")
+    parser.add_argument("--kind", choices=["image", "video"], default="image")
+    parser.add_argument("--annotations", type=Path, help="image: COCO captions file (.json or .json.gz)")
+    parser.add_argument("--images", type=Path, help="image: folder of the image files")
+    parser.add_argument("--split", help="image: name of the shards, <split>-000000.tar")
+    parser.add_argument("--videos", type=Path, help="video: folder of the video files")
+    parser.add_argument("--split_csv", type=Path, nargs="+", help="video: CSVs with a column video_id")
+    parser.add_argument("--frames", type=int, default=FrameSettings.frames, help="video: frames kept of each")
+    parser.add_argument("--fps", type=float, default=FrameSettings.fps, help="video: frames looked at per second")
     parser.add_argument("--output_dir", type=Path, required=True)
-    parser.add_argument("--split", required=True, help="name of the shards: <split>-000000.tar")
     parser.add_argument("--samples_per_shard", type=int, default=1000)
-    parser.add_argument("--resize", type=int, help="scale the shorter side down to this many pixels; default: keep")
+    parser.add_argument("--resize", type=int, help="shorter side in pixels; default: keep; video: 224")
     parser.add_argument("--workers", type=int, default=os.cpu_count(), help="processes; default: one per core")
     parser.add_argument("--seed", type=int, default=0, help="of the shuffle of the samples")
     parser.add_argument("--skip_missing", action="store_true", help="go on without image files that are missing")
     try:
-        make_shards(parser.parse_args())
+        args = parser.parse_args()
+        check_flags(args)
+        (make_shards if args.kind == "image" else make_frame_store)(args)
     except UserError as error:
         print(f"make_shards: {error}", file=sys.stderr)
         return 2

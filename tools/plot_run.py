@@ -27,7 +27,8 @@ if TYPE_CHECKING:
 
 # Okabe and Ito's colours: told apart by colour-blind readers too.
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000", "#B0A000")
-RECALLS = tuple(f"{way}_r{k}" for k in (1, 5, 10) for way in ("i2t", "t2i"))
+# Two ways of each recall: from pictures or videos to text, and back.
+RECALLS = tuple(f"{way}_r{k}" for k in (1, 5, 10) for way in ("i2t", "t2i", "v2t", "t2v"))
 # Markers of events closer than this share of the run would cover each other: they share one.
 LEAST_GAP = 0.03
 
@@ -177,8 +178,8 @@ def draw_recalls(panel: Axes, run: Run) -> None:
         if values:
             way, k = key.split("_r")
             label = f"{way.upper().replace('2', '→')} R@{k}"
-            style = {"linestyle": "-" if way == "i2t" else "--", "marker": "o" if way == "i2t" else "s"}
-            panel.plot(steps, values, color=COLOURS[number // 2], markersize=3.5, label=label, **style)
+            style = {"linestyle": "-" if way.endswith("t") else "--", "marker": "o" if way.endswith("t") else "s"}
+            panel.plot(steps, values, color=COLOURS[number // 4], markersize=3.5, label=label, **style)
     if panel.lines:
         panel.set_ylim(bottom=0)
     else:

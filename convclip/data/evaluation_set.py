@@ -53,23 +53,23 @@ class EvaluationSet:
 
         Every rank gets the same number of batches, of the same sizes; rows numbered -1 (zeros) fill up.
         """
-        return _batches(self._images, len(self), rank, world, batch, workers)
+        return dealt_batches(self._images, len(self), rank, world, batch, workers)
 
     def read_views(self, numbers: Sequence[int], views: Views, view: int, batch: int, workers: int = 0) -> Batches:
         """View `view` of these images as (image numbers int64 [B], uint8 [B, 3, S, S]), in this order."""
         dataset = _ImageViews(self._images, self.image_ids.tolist(), views, view)
-        return _listed(dataset, numbers, batch, workers)
+        return listed_batches(dataset, numbers, batch, workers)
 
     def read_texts(
         self, numbers: Sequence[int], batch: int, workers: int = 0, tokenizer: Tokenizer | None = None
     ) -> Batches:
         """These captions as (caption numbers int64 [B], int64 [B, T]), by `tokenizer` if it is given."""
         dataset = self._texts if tokenizer is None else _Texts(self.captions, tokenizer)
-        return _listed(dataset, numbers, batch, workers)
+        return listed_batches(dataset, numbers, batch, workers)
 
     def text_batches(self, rank: int, world: int, batch: int, workers: int = 0) -> Batches:
         """This rank's captions as (caption numbers int64 [B], int64 [B, T]), dealt out like images."""
-        return _batches(self._texts, len(self.captions), rank, world, batch, workers)
+        return dealt_batches(self._texts, len(self.captions), rank, world, batch, workers)
 
 
 def load_evaluation_set(address: str, data: Data, transform: Transform, tokenizer: Tokenizer) -> EvaluationSet:
@@ -195,7 +195,7 @@ class _Texts(Dataset):
         return self.tokenizer([self.captions[number] for number in numbers])
 
 
-def _batches(dataset: Dataset, size: int, rank: int, world: int, batch: int, workers: int) -> Batches:
+def dealt_batches(dataset: Dataset, size: int, rank: int, world: int, batch: int, workers: int) -> Batches:
     """Rank r's stretch of 0..size-1 in batches; all ranks' stretches are equally long, filled up with -1."""
     per_rank = -(-size // world)
     start, stop = rank * per_rank, (rank + 1) * per_rank
@@ -212,7 +212,7 @@ def _batches(dataset: Dataset, size: int, rank: int, world: int, batch: int, wor
             yield numbers, values
 
 
-def _listed(dataset: Dataset, numbers: Sequence[int], batch: int, workers: int) -> Batches:
+def listed_batches(dataset: Dataset, numbers: Sequence[int], batch: int, workers: int) -> Batches:
     """The rows of these numbers in batches, in order."""
     plan = [[int(number) for number in numbers[first : first + batch]] for first in range(0, len(numbers), batch)]
     with plain_worker_errors():

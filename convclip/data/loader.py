@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from typing import Protocol
 
 import numpy as np
 import torch
@@ -59,6 +60,16 @@ def plain_worker_errors() -> Iterator[None]:
         raise UserError(str(error).strip().splitlines()[-1].split("UserError: ")[-1]) from None
 
 
+class Rowed(Protocol):
+    """Items with captions, in shards: what the order of an epoch is made from (as in SampleSource)."""
+
+    counts: np.ndarray
+    shard: np.ndarray
+
+    def describe(self) -> str:
+        """One line for the log."""
+
+
 @dataclass(frozen=True)
 class Rows:
     """What a worker is told: row numbers of an epoch with their images and captions (int64 [B]), and what to read."""
@@ -71,44 +82,30 @@ class Rows:
     caption: np.ndarray
 
 
-class TrainLoader:
-    """Micro batches of one rank.
+class EpochLoader:
+    """Micro batches of one rank, of the rows that `epoch_order` gives; `dataset` makes a batch of Rows.
 
-    A batch is `{"image": uint8 [B, 3, S, S], "text": int64 [B, T], "image_id": int64 [B], "caption_id": int64 [B],
-    "broken": list[str]}`; `broken` names the samples that could not be used and says why. Each was replaced by
-    another one drawn from (seed, epoch, row). `seen` and `broken` count this rank's samples since the loader was made.
-    With a `teacher_tokenizer`, `teacher_text` has the captions in its tokens, wherever `text` is read.
-
-    Args:
-        transform: `(image, numpy generator) -> uint8 [3, S, S]`; the generator is seeded by (seed, epoch, row).
-        views: fixed views per image in place of `transform`.
-        stored: ids of the images that a feature store has; others count as broken.
-        pin_memory: set when an accelerator is used, so that copies to it need not wait.
+    A batch holds at least "caption_id" (int64 [B]) and "broken", the samples that could not be used, with the reason.
+    `seen` and `broken` count this rank's samples since the loader was made.
 
     Raises:
-        UserError: data.train is missing or unreadable, or holds less than one global batch.
+        UserError: the source holds less than one global batch.
     """
 
     def __init__(
         self,
+        source: Rowed,
+        dataset: Dataset,
         data: Data,
         batch: Batch,
-        transform: Transform,
-        tokenizer: Tokenizer,
         rank: int,
         world: int,
         seed: int,
         pin_memory: bool = False,
-        views: Views | None = None,
-        teacher_tokenizer: Tokenizer | None = None,
-        stored: frozenset[int] | None = None,
     ):
-        if data.train is None:
-            raise UserError("data.train is not set: name the training data with --train_data")
-        self.data, self.rank, self.world, self.seed = data, rank, world, seed
+        self.source, self.data, self.rank, self.world, self.seed = source, data, rank, world, seed
         self.micro, self.micro_per_step = batch.per_rank(world)
-        self.source = open_source(data.train, data)
-        self.rows_per_epoch = rows_per_epoch(self.source.counts, data.captions)
+        self.rows_per_epoch = rows_per_epoch(source.counts, data.captions)
         self.steps_per_epoch = self.rows_per_epoch // batch.global_
         if self.steps_per_epoch == 0:
             raise UserError(
@@ -119,7 +116,7 @@ class TrainLoader:
         self.broken = 0
         self._plan = _Plan()
         self._loader = DataLoader(
-            MicroBatches(self.source, data, transform, tokenizer, seed, views, teacher_tokenizer, stored),
+            dataset,
             sampler=self._plan,
             batch_size=None,
             num_workers=data.workers,
@@ -162,7 +159,7 @@ class TrainLoader:
         return Rows(epoch, pixels, text, np.arange(rows.start, rows.stop), order.image[rows], order.caption[rows])
 
     def _count(self, batch: dict, is_last: bool) -> None:
-        self.seen += len(batch["image_id"])
+        self.seen += len(batch["caption_id"])
         self.broken += len(batch["broken"])
         enough = self.seen >= SAMPLES_BEFORE_STOP or is_last
         if enough and self.broken > self.data.max_broken_share * self.seen:
@@ -171,6 +168,44 @@ class TrainLoader:
                 f"{self.broken} of {self.seen} samples of {self.data.train} are broken{example}: more than "
                 f"data.max_broken_share {self.data.max_broken_share} allows"
             )
+
+
+class TrainLoader(EpochLoader):
+    """Micro batches of pictures and captions.
+
+    A batch is `{"image": uint8 [B, 3, S, S], "text": int64 [B, T], "image_id": int64 [B], "caption_id": int64 [B],
+    "broken": list[str]}`. Each broken sample was replaced by another one drawn from (seed, epoch, row).
+    With a `teacher_tokenizer`, `teacher_text` has the captions in its tokens, wherever `text` is read.
+
+    Args:
+        transform: `(image, numpy generator) -> uint8 [3, S, S]`; the generator is seeded by (seed, epoch, row).
+        views: fixed views per image in place of `transform`.
+        stored: ids of the images that a feature store has; others count as broken.
+        pin_memory: set when an accelerator is used, so that copies to it need not wait.
+
+    Raises:
+        UserError: data.train is missing or unreadable, or holds less than one global batch.
+    """
+
+    def __init__(
+        self,
+        data: Data,
+        batch: Batch,
+        transform: Transform,
+        tokenizer: Tokenizer,
+        rank: int,
+        world: int,
+        seed: int,
+        pin_memory: bool = False,
+        views: Views | None = None,
+        teacher_tokenizer: Tokenizer | None = None,
+        stored: frozenset[int] | None = None,
+    ):
+        if data.train is None:
+            raise UserError("data.train is not set: name the training data with --train_data")
+        source = open_source(data.train, data)
+        dataset = MicroBatches(source, data, transform, tokenizer, seed, views, teacher_tokenizer, stored)
+        super().__init__(source, dataset, data, batch, rank, world, seed, pin_memory)
 
 
 class _Plan:

@@ -50,7 +50,8 @@ def save_locked(model: nn.Module, trainable: set[str], folder: Path) -> None:
     if is_main() and not (folder / "locked.safetensors").is_file():
         folder.mkdir(parents=True, exist_ok=True)
         locked = {n: p.detach().cpu().contiguous() for n, p in model.named_parameters() if n not in trainable}
-        _write_tensors(locked, folder / "locked.safetensors", {})
+        # safetensors cannot read back a file that has neither tensors nor metadata, as where nothing is locked.
+        _write_tensors(locked, folder / "locked.safetensors", {"content": "locked"})
     barrier()
 
 

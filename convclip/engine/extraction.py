@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any, TypeAlias
 
@@ -28,6 +28,7 @@ from convclip.models import build_model
 from convclip.models.dual_tower import DualTower
 from convclip.models.reference_head import load_reference_head
 from convclip.models.teacher import Teacher
+from convclip.models.video_student import with_video_head
 from convclip.models.weights import LoadReport, load_pretrained
 from convclip.schema import Recipe, UserError
 
@@ -38,12 +39,15 @@ ComputedRows: TypeAlias = tuple[np.ndarray, dict[str, Tensor]]
 
 
 def initial_model(recipe: Recipe) -> tuple[DualTower, LoadReport]:
-    """The model as a run starts with it, with its reference head where the recipe aligns heads."""
+    """The model as a run starts with it, with a reference head or a video head where the recipe has one."""
     torch.manual_seed(recipe.seed)
     model = build_model(recipe.model)
     report = load_pretrained(model, recipe.model)
     if recipe.head_alignment is not None:
         model.reference = load_reference_head(recipe.model)
+    if recipe.video is not None:
+        model = with_video_head(model, recipe.video)
+        report = LoadReport(report.new + model.new, report.loaded)
     return model, report
 
 
@@ -154,10 +158,15 @@ def extract(recipe: Recipe, path: Path, dtype: torch.dtype) -> None:
             f"{path}: {', '.join(f'{n} {kind}s' for kind, n in counts.items())}, {size:.3f} GiB when done", flush=True
         )
     writer = FeatureWriter(path, work.arrays, work.identity, ids, rank(), world_size())
-    for kind in ids:
-        missing = np.asarray(writer.missing(kind))
+    write_missing(writer, ids, lambda kind, missing: work.compute(data, kind, np.asarray(missing)))
+
+
+def write_missing(writer: FeatureWriter, kinds: Iterable[str], compute: Callable[..., Iterator[ComputedRows]]) -> None:
+    """Write what `compute(kind, missing ids)` gives of this rank's items, then finish the store; a collective."""
+    for kind in kinds:
+        missing = writer.missing(kind)
         bar = tqdm(total=len(missing), desc=f"extracting {kind}s", unit=kind, disable=not is_main())
-        for items, rows in work.compute(data, kind, missing):
+        for items, rows in compute(kind, missing):
             writer.write(items, rows)
             bar.update(len(items))
         bar.close()

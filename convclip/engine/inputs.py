@@ -65,8 +65,9 @@ class InputSource:
         self.teacher_is_on = recipe.teacher is not None
         self.stored_image = self.stored_text = False
 
-    def enter_stage(self, frozen_boundary: int, text_is_frozen: bool) -> None:
-        """Decide what is read from the store in a stage that trains nothing below `frozen_boundary`."""
+    def enter_stage(self, frozen_boundary: int, trainable: set[str]) -> None:
+        """Decide what is read from the store in a stage that trains `trainable`, none below `frozen_boundary`."""
+        text_is_frozen = not any(name.startswith("text.") for name in trainable)
         self.stored_image = self.store is not None and 0 < self.work.boundary <= frozen_boundary
         self.stored_text = self.store is not None and self.work.text and text_is_frozen
 

@@ -2,14 +2,24 @@
 
 from __future__ import annotations
 
+import math
+from collections.abc import Mapping
+from typing import Any
+
 import torch
 from torch import Tensor
 
 from convclip.engine.inputs import Inputs
+from convclip.engine.video_inputs import VideoInputs
 from convclip.losses.contrastive import clip_loss
 from convclip.losses.distillation import distillation_loss
 from convclip.losses.head_alignment import head_alignment_loss
+from convclip.losses.teachclip import stuck_at_chance, teachclip_loss
+from convclip.models.temporal import frame_mask
 from convclip.schema import HeadAlignment, Recipe, Teacher
+
+# Logged steps in a row at chance that make a collapse.
+STUCK_STEPS = 10
 
 
 class Objective:
@@ -43,3 +53,44 @@ class Objective:
     def is_on(self, part: Teacher | HeadAlignment | None) -> bool:
         """Whether the recipe has this loss and the run has not come to its end step."""
         return part is not None and (part.end_step is None or self.step < part.end_step)
+
+    def warnings(self, row: Mapping[str, Any]) -> list[str]:
+        """What a row of metrics.jsonl says of a run gone wrong."""
+        return []
+
+
+class VideoObjective:
+    """TeachCLIP's losses by a recipe's weights; the trainer sets `step`, which they do not depend on."""
+
+    def __init__(self, recipe: Recipe) -> None:
+        self.recipe, self.step = recipe, 0
+        # The ground-truth losses of the latest logged steps; None once a collapse was reported.
+        self.recent: list[float] | None = []
+
+    def __call__(self, video: Tensor, text: Tensor, logit_scale: Tensor, batches: list[VideoInputs]) -> dict:
+        """Losses by name; `total` is what is trained. Features [B, D], unit length, of the one micro batch given."""
+        (batch,), settings = batches, self.recipe.video
+        mask = frame_mask(batch.n_frames, batch.frame_weights.shape[1]) if settings.mask_padding else None
+        return teachclip_loss(
+            *(text, video, logit_scale, batch.frame_weights, batch.targets, mask),
+            coarse=settings.coarse,
+            weights=settings.weights,
+        )
+
+    def is_on(self, part: object) -> bool:
+        """Whether the recipe has this loss."""
+        return part is not None
+
+    def warnings(self, row: Mapping[str, Any]) -> list[str]:
+        """One line, once, when the ground-truth loss has stayed at ln(global batch)."""
+        if self.recent is None:
+            return []
+        self.recent = [*self.recent, row["loss_ground_truth"]][-STUCK_STEPS:]
+        batch = self.recipe.batch.global_ // self.recipe.batch.accumulation
+        if len(self.recent) < STUCK_STEPS or not stuck_at_chance(self.recent, batch):
+            return []
+        self.recent = None
+        return [
+            f"step {row['step']}: collapse: the ground-truth loss has stayed at ln({batch}) = {math.log(batch):.3f} "
+            f"for {STUCK_STEPS} logged steps: all pairs score alike; check the pretrained weights, lower optim.lr"
+        ]

@@ -17,6 +17,7 @@ from convclip.engine.parameter_groups import Stage, training_stages
 from convclip.engine.schedule import group_warmup, lr_at, peak_lr, warmup_steps
 from convclip.models import build_model
 from convclip.models.layer_groups import parameter_counts
+from convclip.models.video_student import with_video_head
 from convclip.schema import Recipe, Unfreeze
 
 CURVE_POINTS = 400
@@ -28,7 +29,7 @@ def make_plan(recipe: Recipe, ds_config: dict[str, Any] | None = None, world: in
     Memory is that of a rank under `ds_config` (None: ZeRO stage 2 in bf16) in a run of `world` ranks.
     """
     with torch.device("meta"):
-        model = build_model(recipe.model)
+        model = with_video_head(build_model(recipe.model), recipe.video)
     sizes = {name: parameter.numel() for name, parameter in model.named_parameters()}
     stages = training_stages(model, recipe)
     steps_per_epoch = _steps_per_epoch(recipe)
@@ -62,7 +63,9 @@ def make_plan(recipe: Recipe, ds_config: dict[str, Any] | None = None, world: in
         ],
         "notes": _notes(recipe, stages, reached),
     }
-    plan["memory"] = plan_memory(model, recipe, reached, ds_config, world)
+    # The estimate follows a step of pictures; what frames and a temporal part need is not in it.
+    is_video = recipe.video is not None
+    plan["memory"] = None if is_video else plan_memory(model, recipe, reached, ds_config, world)
     plan["lr_curve"] = _lr_curve(recipe, reached, steps_per_epoch, total) if total else None
     return plan
 
@@ -89,7 +92,7 @@ def format_plan(plan: dict[str, Any]) -> str:
                 f"{'':>7}+ {group['name']:<24} {group['parameters']:>13,}  lr x {group['lr_scale']:g}  "
                 f"weight decay {group['weight_decay']:g}"
             )
-    lines += format_memory(plan["memory"])
+    lines += format_memory(plan["memory"]) if plan["memory"] else []
     lines += [f"note: {note}" for note in plan["notes"]]
     return "\n".join(lines)
 

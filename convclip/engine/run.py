@@ -11,7 +11,6 @@ import torch
 from deepspeed.accelerator import get_accelerator
 
 from convclip.config import load_recipe
-from convclip.data.evaluation_set import load_evaluation_set
 from convclip.data.features import FeatureStore
 from convclip.data.loader import TrainLoader
 from convclip.data.tokenizers import build_tokenizer
@@ -19,17 +18,20 @@ from convclip.data.transforms import EvalTransform, TrainTransform
 from convclip.distributed import is_main, rank, world_size
 from convclip.engine.checkpoint import checkpoint_path, load_weights, read_state, write_text
 from convclip.engine.ds_config import load_ds_config, precision, resolve_ds_config
-from convclip.engine.extraction import PRECISIONS, expected_store, extract, initial_model
+from convclip.engine.evaluations import open_evaluation
+from convclip.engine.extraction import PRECISIONS, expected_store, initial_model
 from convclip.engine.frozen import FrozenWork, recipe_views
 from convclip.engine.inputs import InputSource
 from convclip.engine.meters import logger
+from convclip.engine.objective import Objective, VideoObjective
 from convclip.engine.run_folder import open_run_folder
 from convclip.engine.trainer import Trainer
-from convclip.evaluation.embedding import evaluate
-from convclip.evaluation.report import format_table
+from convclip.engine.video_extraction import extract_frozen
+from convclip.engine.video_parts import open_video_inputs
 from convclip.evaluation.zero_shot import load_zero_shot_set, zero_shot_accuracy
 from convclip.models import build_model
 from convclip.models.teacher import Teacher
+from convclip.models.video_student import with_video_head
 from convclip.schema import Recipe, UserError
 
 
@@ -40,22 +42,23 @@ def train_recipe(recipe: Recipe, ds_config: str | Path, folder: Path, resume: st
     """
     config = resolve_ds_config(load_ds_config(ds_config), recipe, world_size())
     dtype, device = precision(config), torch.device(get_accelerator().current_device_name())
-    evaluation_set = None
-    if recipe.data.val:
-        transform = EvalTransform(recipe.model.image.image_size)
-        evaluation_set = load_evaluation_set(
-            recipe.data.val, recipe.data, transform, build_tokenizer(recipe.model.text)
-        )
+    evaluation = open_evaluation(recipe, recipe.data.val) if recipe.data.val else None
     checkpoint = open_run_folder(folder, recipe, config, resume)
     store = recipe.features.store
     if recipe.features.mode == "fill":
         store = folder / "features.h5"
-        extract(recipe, store, dtype)
-    loader, source = open_inputs(recipe, device, dtype, store)
+        extract_frozen(recipe, store, dtype)
+    # The one place where image-text and video-text training part ways.
+    if recipe.video is None:
+        loader, source = open_inputs(recipe, device, dtype, store)
+        objective = Objective(recipe, source.teacher_scale)
+    else:
+        loader, source = open_video_inputs(recipe, device, dtype, store)
+        objective = VideoObjective(recipe)
     model, report = initial_model(recipe)
     if recipe.activation_checkpointing:
         model.set_grad_checkpointing(True)
-    trainer = Trainer(model, recipe, config, loader, source, evaluation_set, folder, checkpoint)
+    trainer = Trainer(model, recipe, config, loader, source, objective, evaluation, folder, checkpoint)
     if checkpoint is None and report.new:
         logger.info(f"newly initialised: {', '.join(report.new[:6])}{' …' if len(report.new) > 6 else ''}")
     logger.info(loader.describe())
@@ -106,17 +109,19 @@ def evaluate_checkpoint(
     """
     path = checkpoint_path(place)
     recipe = load_recipe(path.parent.parent / "recipe.yaml", overrides)
+    if zero_shot is not None and recipe.video is not None:
+        raise UserError(f"--zero_shot is for images, and {path} is a video model: leave it out")
     classes = load_zero_shot_set(zero_shot) if zero_shot is not None else None
-    model = build_model(recipe.model)
+    model = with_video_head(build_model(recipe.model), recipe.video)
     load_weights(model, path)
     dtype, device = PRECISIONS[precision], torch.device(get_accelerator().current_device_name())
     model = model.to(device, dtype).eval()
-    transform, tokenizer = EvalTransform(recipe.model.image.image_size), build_tokenizer(recipe.model.text)
-    dataset = load_evaluation_set(data, recipe.data, transform, tokenizer)
-    settings = (recipe.model.image, device, dtype, recipe.evaluation.batch, recipe.data.workers)
-    figures = evaluate(model, dataset, *settings)
-    table = format_table(figures)
+    evaluation = open_evaluation(recipe, data)
+    figures = evaluation.figures(model, device, dtype)
+    table = evaluation.table(figures)
     if classes is not None:
+        transform, tokenizer = EvalTransform(recipe.model.image.image_size), build_tokenizer(recipe.model.text)
+        settings = (recipe.model.image, device, dtype, recipe.evaluation.batch, recipe.data.workers)
         found = zero_shot_accuracy(model, classes, transform, tokenizer, *settings)
         figures["zero_shot"] = found
         table += f"\nzero-shot, {found['classes']} classes, {found['images']} images: "

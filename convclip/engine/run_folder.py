@@ -19,6 +19,8 @@ FREE_ON_RESUME = (
     "data.train",
     "data.val",
     "data.workers",
+    "video.annotations",
+    "video.frame_store",
     "data.cache_folder",
     "data.allow_pipe",
     "evaluation",

@@ -13,8 +13,7 @@ from deepspeed.accelerator import get_accelerator
 from torch import Tensor, nn
 
 from convclip.config import UserError
-from convclip.data.evaluation_set import EvaluationSet
-from convclip.data.loader import TrainLoader
+from convclip.data.loader import EpochLoader
 from convclip.distributed import all_reduce_mean, rank, world_size
 from convclip.engine.checkpoint import (
     RunState,
@@ -27,16 +26,16 @@ from convclip.engine.checkpoint import (
     save_locked,
 )
 from convclip.engine.ds_config import precision, zero_stage
+from convclip.engine.evaluations import ImageEvaluation
 from convclip.engine.inputs import Inputs, InputSource
 from convclip.engine.meters import RunLog, StepClock, clock, logger, memory_gib
-from convclip.engine.objective import Objective
+from convclip.engine.objective import Objective, VideoObjective
 from convclip.engine.parameter_groups import describe_amount, training_stages
 from convclip.engine.rebuild import build_engine, rebuild_engine
 from convclip.engine.schedule import group_warmup, lr_at, peak_lr, warmup_steps
 from convclip.engine.shards import clamp_parameter, optimizer_shards
 from convclip.engine.steps import accumulated_step, chunked_step
-from convclip.evaluation.embedding import evaluate
-from convclip.evaluation.report import format_table
+from convclip.engine.video_inputs import VideoInputs, VideoSource
 from convclip.models.layer_groups import frozen_image_boundary, parameter_counts
 from convclip.schema import Recipe
 
@@ -49,20 +48,20 @@ class Trainer:
         model: nn.Module,
         recipe: Recipe,
         ds_config: dict[str, Any],
-        loader: TrainLoader,
-        source: InputSource,
-        evaluation_set: EvaluationSet | None,
+        loader: EpochLoader,
+        source: InputSource | VideoSource,
+        objective: Objective | VideoObjective,
+        evaluation: ImageEvaluation | None,
         folder: Path,
         checkpoint: Path | None = None,
     ) -> None:
         self.recipe, self.ds_config, self.loader, self.folder = recipe, ds_config, loader, folder
-        self.source, self.evaluation_set = source, evaluation_set
+        self.source, self.objective, self.evaluation = source, objective, evaluation
         self.device = torch.device(get_accelerator().current_device_name())
         self.dtype = precision(ds_config)
         self.total_steps = min(loader.steps_per_epoch * recipe.epochs, recipe.max_steps or math.inf)
         self.warmup = warmup_steps(recipe, self.total_steps)
         self.micro_batches = ds_config["gradient_accumulation_steps"]
-        self.objective = Objective(recipe, source.teacher_scale)
         self.log = RunLog(folder, self.total_steps)
         self.clock = StepClock()
         self.step, self.stage, self.bad_steps, self.best = 0, 0, 0, {}
@@ -81,6 +80,7 @@ class Trainer:
     def fit(self) -> dict[str, Any]:
         """Run to the last step and return the summary (also logged)."""
         started, first_step = time.perf_counter(), self.step
+        self._report_start()
         while self.step < self.total_steps:
             epoch, step_in_epoch = divmod(self.step, self.loader.steps_per_epoch)
             batches = None
@@ -118,7 +118,7 @@ class Trainer:
         clamp_parameter(self.engine, self.shards, "logit_scale", 0.0, self.recipe.optim.max_logit_scale)
         return losses, logit_scale
 
-    def _next_inputs(self, epoch: int, batches: Iterator[dict[str, Any]]) -> Inputs:
+    def _next_inputs(self, epoch: int, batches: Iterator[dict[str, Any]]) -> Inputs | VideoInputs:
         """The next micro batch on the device; names the samples in it that were broken."""
         batch = self.clock.waiting(batches)
         for problem in batch["broken"]:
@@ -192,6 +192,8 @@ class Trainer:
             **self.clock.report(self.recipe.batch.global_),
         }
         self.log.metrics(row)
+        for warning in self.objective.warnings(row):
+            logger.warning(warning)
 
     def _watch_losses(self, keep: int) -> None:
         """Read all but the `keep` newest losses; UserError after max_bad_steps in a row that are NaN or infinite."""
@@ -213,27 +215,34 @@ class Trainer:
         last = self.step == self.total_steps
         every = self.recipe.evaluation.every_epochs
         figures = None
-        if self.evaluation_set is not None and every and (last or (epoch + 1) % every == 0):
+        if self.evaluation is not None and every and (last or (epoch + 1) % every == 0):
             figures = self._evaluate(epoch)
         every = self.recipe.checkpoint.every_epochs
         if every and (last or (epoch + 1) % every == 0):
             self._save(figures)
 
+    def _report_start(self) -> None:
+        """Before the first step of a new run, the figures that training starts from, where the evaluation has some."""
+        if self.step or self.evaluation is None:
+            return
+        self.engine.eval()
+        with torch.no_grad():
+            figures = self.evaluation.start(self.engine, self.device, self.dtype)
+        self.engine.train()
+        if figures is None:
+            return
+        self.log.evaluation({"step": 0, "epoch": 0, "event": "start", **figures}, self.evaluation.table(figures))
+        problem = self.evaluation.start_problem(figures)
+        if problem:
+            logger.warning(problem)
+
     def _evaluate(self, epoch: int) -> dict[str, Any]:
         self.engine.eval()
         with torch.no_grad():
-            figures = evaluate(
-                self.engine,
-                self.evaluation_set,
-                image_tower=self.recipe.model.image,
-                device=self.device,
-                dtype=self.dtype,
-                batch=self.recipe.evaluation.batch,
-                workers=self.recipe.data.workers,
-            )
+            figures = self.evaluation.figures(self.engine, self.device, self.dtype)
         self.engine.train()
         row = {"step": self.step, "epoch": epoch, **figures}
-        self.log.evaluation(row, format_table(figures))
+        self.log.evaluation(row, self.evaluation.table(figures))
         return figures
 
     def _save_due_in_epoch(self) -> bool:
@@ -247,7 +256,8 @@ class Trainer:
         if self.bad_steps:
             logger.warning(f"step {self.step}: not saved, the loss is not finite")
             return
-        score = (figures["standard"]["i2t_r1"] + figures["standard"]["t2i_r1"]) / 2 if figures else -1.0
+        first = [value for key, value in figures["standard"].items() if key.endswith("_r1")] if figures else [-1.0]
+        score = sum(first) / len(first)
         is_best = bool(figures) and score > self.best.get("mean_r1", -1.0)
         if is_best:
             self.best = {"mean_r1": score, "step": self.step, **figures["standard"]}
@@ -297,7 +307,7 @@ class Trainer:
         trainable = self.stages[self.stage].trainable
         self.frozen_boundary = frozen_image_boundary(self.engine.module, trainable)
         self.text_is_frozen = not any(name.startswith("text.") for name in trainable)
-        self.source.enter_stage(self.frozen_boundary, self.text_is_frozen)
+        self.source.enter_stage(self.frozen_boundary, trainable)
 
     def _summary(self, seconds: float, steps: int) -> dict[str, Any]:
         samples = steps * self.recipe.batch.global_
@@ -309,11 +319,8 @@ class Trainer:
             "memory_gib": memory_gib(),
             "best": best,
         }
-        recall = (
-            f"best I2T R@1 {best['i2t_r1']:.2f} T2I R@1 {best['t2i_r1']:.2f} at step {best['step']}"
-            if best
-            else "not evaluated"
-        )
+        first = [f"{key[:3].upper()} R@1 {best[key]:.2f}" for key in best if key[1:] in ("2t_r1", "2i_r1", "2v_r1")]
+        recall = f"best {' '.join(first)} at step {best['step']}" if best else "not evaluated"
         logger.info(
             f"done: {steps} steps in {clock(seconds)}, {summary['samples_per_s']:.1f} samples/s, "
             f"peak memory {summary['memory_gib']:.2f} GiB; {recall}"

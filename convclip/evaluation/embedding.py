@@ -40,7 +40,7 @@ def embed(
         return encode(images=pixels)[0]
 
     image_batches = dataset.image_batches(*place, workers)
-    images = _embed_rows(pictures, image_batches, len(dataset), "embedding images")
+    images = embed_rows(pictures, image_batches, len(dataset), "embedding images")
     scales: list[Tensor] = []
 
     def captions(texts: Tensor) -> Tensor:
@@ -48,7 +48,7 @@ def embed(
         scales[:] = [scale]
         return features
 
-    texts = _embed_rows(captions, dataset.text_batches(*place, workers), len(dataset.captions), "embedding texts")
+    texts = embed_rows(captions, dataset.text_batches(*place, workers), len(dataset.captions), "embedding texts")
     return images, texts, scales[0].float()
 
 
@@ -81,7 +81,7 @@ def _figures(images: Tensor, texts: Tensor, scale: Tensor, image_of_text: Tensor
     }
 
 
-def _embed_rows(
+def embed_rows(
     embed_batch: Callable[[Tensor], Tensor], batches: Iterable[tuple[Tensor, Tensor]], count: int, what: str
 ) -> Tensor:
     """Rows of all ranks in the data set's order [count, D]."""

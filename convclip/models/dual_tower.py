@@ -17,6 +17,9 @@ from convclip.models.text_tower import build_text_tower
 class DualTower(nn.Module):
     """`visual`, `text` and `logit_scale`; parameter names are those of open_clip's CustomTextCLIP."""
 
+    # Whether locking a tower locks its head too; here heads are new and always train.
+    locks_heads = False
+
     def __init__(self, config: schema.Model):
         super().__init__()
         self.visual = build_image_tower(config.image, config.embed_dim)

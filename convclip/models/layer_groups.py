@@ -20,6 +20,20 @@ from convclip.schema import UserError
 def layer_groups(model: DualTower, tower: str) -> list[list[str]]:
     """Parameter names of the lockable layer groups of `tower` (image or text), from input to output.
 
+    Where the model locks heads, all that no group has belongs to the last one.
+    """
+    groups = _trunk_groups(model, tower)
+    if model.locks_heads:
+        prefix = "text." if tower == "text" else "visual."
+        known = {name for group in groups for name in group}
+        head = [name for name, _ in model.named_parameters() if name.startswith(prefix) and name not in known]
+        groups[-1] = [*groups[-1], *head]
+    return groups
+
+
+def _trunk_groups(model: DualTower, tower: str) -> list[list[str]]:
+    """The groups without heads.
+
     Image: timm's `group_matcher` groups of the trunk (a ConvNeXt's last is its final norm); an open_clip ResNet's stem
     and four stages. Text: the embeddings, then the blocks; the last one has the final norm and CLIP's text_projection.
     """
