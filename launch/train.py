@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import sys
 from pathlib import Path
 
@@ -34,11 +35,16 @@ def print_recipes() -> None:
         print(f"{name:<32} {load_recipe(name).description}")
 
 
-def print_plan(recipe: Recipe, as_json: bool, plot: Path | None) -> None:
-    """The plan, on a meta device: no data, no weights, no DeepSpeed."""
+def print_plan(recipe: Recipe, ds_config: str | None, as_json: bool, plot: Path | None) -> None:
+    """The plan, on a meta device: no data, no weights, no process group."""
     from convclip.engine.plan import format_plan, make_plan, plot_plan
 
-    plan = make_plan(recipe)
+    config = None
+    if ds_config is not None:
+        from convclip.engine.ds_config import load_ds_config
+
+        config = load_ds_config(ds_config)
+    plan = make_plan(recipe, config, int(os.environ.get("WORLD_SIZE", "1")))
     print(json.dumps(plan) if as_json else format_plan(plan))
     if plot is not None:
         plot_plan(plan, plot)
@@ -69,7 +75,7 @@ def main() -> int:
         given = [f"{key}={json.dumps(value)}" for key, value in data.items() if value is not None]
         recipe = load_recipe(arguments.recipe, [*arguments.overrides, *given])
         if arguments.plan:
-            print_plan(recipe, arguments.json, arguments.plot)
+            print_plan(recipe, arguments.ds_config, arguments.json, arguments.plot)
         else:
             train(recipe, arguments)
     except UserError as error:

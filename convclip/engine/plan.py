@@ -12,8 +12,9 @@ from typing import Any
 import torch
 
 from convclip.config import UserError
+from convclip.engine.frozen import storable
 from convclip.engine.memory import format_memory, plan_memory
-from convclip.engine.parameter_groups import Stage, training_stages
+from convclip.engine.parameter_groups import Stage, reached_stages, training_stages
 from convclip.engine.schedule import group_warmup, lr_at, peak_lr, warmup_steps
 from convclip.models import build_model
 from convclip.models.layer_groups import parameter_counts
@@ -34,7 +35,7 @@ def make_plan(recipe: Recipe, ds_config: dict[str, Any] | None = None, world: in
     stages = training_stages(model, recipe)
     steps_per_epoch = _steps_per_epoch(recipe)
     total = _total_steps(recipe, steps_per_epoch)
-    reached = [stage for stage in stages if _is_reached(stage, recipe, steps_per_epoch, total)]
+    reached = reached_stages(model, recipe, steps_per_epoch)
     plan = {
         "recipe": recipe.name,
         "global_batch": recipe.batch.global_,
@@ -66,6 +67,7 @@ def make_plan(recipe: Recipe, ds_config: dict[str, Any] | None = None, world: in
     # The estimate follows a step of pictures; what frames and a temporal part need is not in it.
     is_video = recipe.video is not None
     plan["memory"] = None if is_video else plan_memory(model, recipe, reached, ds_config, world)
+    plan["storable"] = [] if is_video else storable(model, recipe, reached)
     plan["lr_curve"] = _lr_curve(recipe, reached, steps_per_epoch, total) if total else None
     return plan
 
@@ -93,6 +95,7 @@ def format_plan(plan: dict[str, Any]) -> str:
                 f"weight decay {group['weight_decay']:g}"
             )
     lines += format_memory(plan["memory"]) if plan["memory"] else []
+    lines += plan["storable"]
     lines += [f"note: {note}" for note in plan["notes"]]
     return "\n".join(lines)
 
@@ -150,12 +153,6 @@ def _total_steps(recipe: Recipe, steps_per_epoch: int | None) -> int | None:
 
 def _epoch_of(step: int, steps_per_epoch: int | None) -> int | None:
     return step // steps_per_epoch if steps_per_epoch else None
-
-
-def _is_reached(stage: Stage, recipe: Recipe, steps_per_epoch: int | None, total: int | None) -> bool:
-    if total is not None and steps_per_epoch is not None:
-        return stage.start(steps_per_epoch) < total
-    return stage.epoch is None or stage.epoch < recipe.epochs
 
 
 def _describe(event: Unfreeze) -> str:

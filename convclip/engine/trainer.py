@@ -28,6 +28,7 @@ from convclip.engine.checkpoint import (
 from convclip.engine.ds_config import precision, zero_stage
 from convclip.engine.evaluations import ImageEvaluation
 from convclip.engine.inputs import Inputs, InputSource
+from convclip.engine.memory import check_estimate
 from convclip.engine.meters import RunLog, StepClock, clock, logger, memory_gib
 from convclip.engine.objective import Objective, VideoObjective
 from convclip.engine.parameter_groups import describe_amount, training_stages
@@ -35,6 +36,7 @@ from convclip.engine.rebuild import build_engine, rebuild_engine
 from convclip.engine.schedule import group_warmup, lr_at, peak_lr, warmup_steps
 from convclip.engine.shards import clamp_parameter, optimizer_shards
 from convclip.engine.steps import accumulated_step, chunked_step
+from convclip.engine.trial import try_full_step
 from convclip.engine.video_inputs import VideoInputs, VideoSource
 from convclip.models.layer_groups import frozen_image_boundary, parameter_counts
 from convclip.schema import Recipe
@@ -81,6 +83,7 @@ class Trainer:
         """Run to the last step and return the summary (also logged)."""
         started, first_step = time.perf_counter(), self.step
         self._report_start()
+        self._try_full_step()
         while self.step < self.total_steps:
             epoch, step_in_epoch = divmod(self.step, self.loader.steps_per_epoch)
             batches = None
@@ -92,6 +95,8 @@ class Trainer:
                 losses, logit_scale = self._train_step(epoch, batches)
                 self.step += 1
                 self.clock.steps += 1
+                if self.step == first_step + 1:
+                    self._report_memory()
                 self._report_step(epoch, losses, logit_scale)
                 if self._save_due_in_epoch():
                     self._save()
@@ -117,6 +122,25 @@ class Trainer:
             )
         clamp_parameter(self.engine, self.shards, "logit_scale", 0.0, self.recipe.optim.max_logit_scale)
         return losses, logit_scale
+
+    def _try_full_step(self) -> None:
+        """On an accelerator, find out before the data starts whether a full step fits its memory."""
+        if self.device.type != "cpu" and self.recipe.video is None:
+            stage = self.stages[self.stage]
+            try_full_step(
+                self.engine,
+                self.recipe,
+                stage,
+                self.ds_config,
+                self.source,
+                lambda made_up: self._train_step(0, made_up),
+            )
+
+    def _report_memory(self) -> None:
+        """After the first step on an accelerator: the plan's estimate beside the true peak."""
+        if self.device.type != "cpu" and self.recipe.video is None:
+            stage = self.stages[self.stage]
+            logger.info(check_estimate(self.recipe, stage, self.ds_config, world_size(), memory_gib()))
 
     def _next_inputs(self, epoch: int, batches: Iterator[dict[str, Any]]) -> Inputs | VideoInputs:
         """The next micro batch on the device; names the samples in it that were broken."""
