@@ -85,11 +85,6 @@ def test_recipes_exist_and_take_the_overrides_shown():
         overrides = [value for flag, value in itertools.pairwise(command) if flag == "--set"]
         if "--recipe" in words and words["--recipe"] != "NAME":
             load_recipe(words["--recipe"], overrides)
-    for recipe, override in (
-        ("base_absattn_distill_frozen", "teacher=null"),
-        ("base_absattn_headalign", "head_alignment=null"),
-    ):
-        assert f"--set {override}" in text_of("README.md") and load_recipe(recipe, [override])
 
 
 def test_the_recipe_table_is_the_list_of_recipes():

@@ -196,6 +196,8 @@ def stage_memory(
         buckets = int(zero.get("reduce_bucket_size", 5e8)) * doubled * size
     shard = trained // world if zero_stage else trained
     offloaded = zero.get("offload_optimizer", {}).get("device", "none") != "none"
+    # A chunked step in stage 2 holds whole gradients, so as to reduce them once.
+    splits = zero_stage == 3 or (zero_stage == 2 and not recipe.batch.micro)
     # Adam's two moments, and the fp32 masters that only plain fp32 training does without.
     numbers = 2 if size == 4 and zero_stage == 0 else 3
     picture = 3 * recipe.model.image.image_size**2 * size
@@ -203,7 +205,7 @@ def stage_memory(
         recipe,
         world,
         weights=weights + teacher_bytes(recipe, size),
-        gradients=(trained // world if zero_stage >= 2 else trained) * size + buckets,
+        gradients=(trained // world if splits else trained) * size + buckets,
         optimizer=0 if offloaded else 4 * numbers * shard,
         step_copies=0 if offloaded or numbers == 2 else 4 * shard,
         row=activations_per_row(model, recipe, stage),

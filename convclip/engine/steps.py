@@ -9,6 +9,7 @@ Shapes: B rows of a micro batch or chunk, N chunks, D embed.
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import TypeAlias
@@ -98,18 +99,28 @@ def chunked_step(
     losses = loss_of(*leaves, kept)
     losses["total"].backward()
     image_gradients, text_gradients = (leaf.grad.split(len(image)) for leaf in leaves[:2])
-    for number in reversed(range(len(kept))):
-        if number != last:
-            states[number].restore()
-            image, text, scale, *_ = engine(*kept[number].model_inputs(without_text=text_is_frozen))
-        surrogate = (image * image_gradients[number]).sum() + (scale * leaves[2].grad).sum() / len(kept)
-        if text is not None:
-            surrogate = surrogate + (text * text_gradients[number]).sum()
-        engine.set_gradient_accumulation_boundary(number == 0)
-        engine.backward(surrogate, scale_wrt_gas=False)
-        engine.step()
+    with _one_reduction(engine):
+        for number in reversed(range(len(kept))):
+            if number != last:
+                states[number].restore()
+                image, text, scale, *_ = engine(*kept[number].model_inputs(without_text=text_is_frozen))
+            surrogate = (image * image_gradients[number]).sum() + (scale * leaves[2].grad).sum() / len(kept)
+            if text is not None:
+                surrogate = surrogate + (text * text_gradients[number]).sum()
+            engine.set_gradient_accumulation_boundary(number == 0)
+            engine.backward(surrogate, scale_wrt_gas=False)
+    engine.set_gradient_accumulation_boundary(True)
+    engine.step()
     after.restore()
     with torch.no_grad():
         for buffer, value in zip(engine.module.buffers(), buffers, strict=True):
             buffer.copy_(value)
     return {name: loss.detach() for name, loss in losses.items()}, leaves[2].detach()
+
+
+def _one_reduction(engine: DeepSpeedEngine) -> contextlib.AbstractContextManager:
+    """Makes ZeRO stage 2 reduce gradients once for all backward passes within; stages 0 and 1 do by themselves.
+
+    Stage 3 goes on reducing at each, which is how it never holds the whole gradient.
+    """
+    return engine.coalesce_grad_reduction() if engine.zero_optimization_stage() == 2 else contextlib.nullcontext()

@@ -92,13 +92,16 @@ def test_what_does_not_grow_with_the_batch_follows_zero():
     expected = {
         0: (2 * count, 2 * count, 12 * count),
         1: (2 * count, 2 * count + buckets, 3 * count),
-        2: (2 * count, count / 2 + buckets, 3 * count),
+        2: (2 * count, 2 * count + buckets, 3 * count),
         3: (2 * count + count / 2, count / 2 + buckets, 3 * count),
     }
     for zero_stage, sizes in expected.items():
         config["zero_optimization"]["stage"] = zero_stage
         found = estimate_stage(recipe, stage, config, 4)
         assert (found.weights, found.gradients, found.optimizer) == pytest.approx(sizes, abs=8), zero_stage
+    config["zero_optimization"]["stage"] = 2
+    in_one = recipe.model_copy(update={"batch": Batch.model_validate({"global": 16})})
+    assert estimate_stage(in_one, stage, config, 4).gradients == pytest.approx(count / 2 + buckets, abs=8)
     assert estimate_stage(recipe, stage, {"zero_optimization": {"stage": 0}}, 1).optimizer == 8 * count
     offload = {"zero_optimization": {"stage": 2, "offload_optimizer": {"device": "cpu"}}}
     assert estimate_stage(recipe, stage, offload, 1).optimizer == 0

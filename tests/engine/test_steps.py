@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import pytest
@@ -43,8 +45,28 @@ def all_ways(world: int) -> dict[Any, dict[str, Tensor]]:
     for stage in (2, 3):
         found["still", stage] = chunked_run(still, ds_config(stage))
     found["random, not kept", 3] = chunked_run(random, ds_config(3), keep=0.0)
+    for chunk in (CHUNK, BATCH // world):
+        found["reduced", chunk] = {
+            str(stage): numbers_reduced(whole, ds_config(stage, chunk=chunk)) for stage in (0, 1, 2)
+        }
     found["bf16 in one", 0] = chunked_run(whole, ds_config(0, "bf16", BATCH // world))
     return found
+
+
+def numbers_reduced(recipe: Recipe, config: dict[str, Any]) -> Tensor:
+    """How many numbers all steps of a run send through reductions."""
+    counts: list[int] = []
+    with pytest.MonkeyPatch.context() as patch:
+        for name in ("all_reduce", "reduce", "reduce_scatter_tensor"):
+            plain = getattr(torch.distributed, name)
+            patch.setattr(torch.distributed, name, partial(counted, plain, counts))
+        chunked_run(recipe, config)
+    return torch.tensor(sum(count for count in counts if count > 1))
+
+
+def counted(plain: Callable[..., Any], counts: list[int], tensor: Tensor, *more: Any, **options: Any) -> Any:
+    counts.append(tensor.numel())
+    return plain(tensor, *more, **options)
 
 
 @pytest.fixture(scope="module", params=[1, 2], ids=["world1", "world2"])
@@ -93,6 +115,14 @@ def test_bf16_strays_no_further_from_fp32_in_chunks_than_in_one(found):
     assert max(strays.values()) <= 1.5 * strays["bf16 in one", 0], strays
 
 
+@pytest.mark.launch
+def test_gradients_are_reduced_once_a_step(found):
+    _, results = found
+    (_, chunked), (_, whole) = sorted((key[1], result) for key, result in results.items() if key[0] == "reduced")
+    for stage in ("0", "1", "2"):
+        assert chunked[stage] == whole[stage], stage
+
+
 class PlainEngine:
     """What a chunked step asks of an engine, with plain autograd."""
 
@@ -101,6 +131,9 @@ class PlainEngine:
 
     def __call__(self, *inputs: Any) -> Any:
         return self.module(*inputs)
+
+    def zero_optimization_stage(self) -> int:
+        return 0
 
     def gradient_accumulation_steps(self) -> int:
         return self.count
@@ -142,7 +175,7 @@ def test_frozen_layers_run_once_while_their_output_may_be_kept(kept, runs):
     engine = PlainEngine(LinearTowers(), 4)
     chunked_step(engine, inputs, loss_of, 1, False, kept * beyond_the_input)
     assert engine.module.first_runs == runs
-    assert engine.boundaries == [False, False, False, True]
+    assert engine.boundaries == [False, False, False, True, True]
 
 
 def stage0_model(recipe: Recipe) -> tuple[DualTower, int, bool]:
