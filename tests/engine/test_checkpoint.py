@@ -23,9 +23,12 @@ from tests.engine.small_engine import (
     train_step,
 )
 
-SAVED_AT = (5, 6, 7, 13, 14, 15)
-STEPS = 20
+# Before, at and after the first unfreeze event.
+SAVED_AT = (5, 6, 7)
+STEPS = 9
 KINDS = [(s, p) for s, p in itertools.product(range(4), ("fp32", "bf16", "fp16")) if (s, p) != (0, "fp16")]
+# Starting engines is what costs time: two ranks take each stage once.
+KINDS_OF_WORLD = {1: KINDS, 2: [(0, "fp32"), (1, "fp16"), (2, "bf16"), (3, "fp16")]}
 
 
 def stage_at(step: int, before_event: bool) -> int:
@@ -51,7 +54,7 @@ def resume_everywhere(world: int, folder: str) -> dict:
     groups = list(SCHEDULE.values())
     starts = list(SCHEDULE)
     found: dict = {}
-    for stage, precision in KINDS:
+    for stage, precision in KINDS_OF_WORLD[world]:
         config = ds_config(stage, precision, world)
         place = Path(folder) / f"{stage}-{precision}"
         model = SmallModel()
@@ -97,15 +100,16 @@ def found(request, tmp_path_factory) -> dict:
 
 
 @pytest.mark.launch
-@pytest.mark.parametrize(("stage", "precision"), KINDS)
-def test_resume_around_events_is_bitwise_the_uninterrupted_run(found, stage, precision):
-    assert {saved: found[stage, precision, saved] for saved in SAVED_AT} == dict.fromkeys(SAVED_AT, True)
+def test_resume_around_an_event_is_bitwise_the_uninterrupted_run(found):
+    resumed = {key: same for key, same in found.items() if key[2] != "weights"}
+    assert len(resumed) == 3 * len(found) // 4
+    assert all(resumed.values()), [key for key, same in resumed.items() if not same]
 
 
 @pytest.mark.launch
-@pytest.mark.parametrize(("stage", "precision"), KINDS)
-def test_weights_are_read_whole_from_any_stage(found, stage, precision):
-    assert found[stage, precision, "weights"]
+def test_weights_are_read_whole_from_any_stage(found):
+    wrong = [key for key, same in found.items() if key[2] == "weights" and not same]
+    assert not wrong
 
 
 def broken_saves(folder: str) -> list[str]:
