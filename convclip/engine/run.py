@@ -15,7 +15,7 @@ from convclip.data.features import FeatureStore
 from convclip.data.loader import TrainLoader
 from convclip.data.tokenizers import build_tokenizer
 from convclip.data.transforms import EvalTransform, TrainTransform
-from convclip.distributed import is_main, rank, world_size
+from convclip.distributed import barrier, is_main, rank, world_size
 from convclip.engine.checkpoint import checkpoint_path, load_weights, read_state, write_text
 from convclip.engine.ds_config import load_ds_config, precision, resolve_ds_config
 from convclip.engine.evaluations import open_evaluation
@@ -62,7 +62,10 @@ def train_recipe(recipe: Recipe, ds_config: str | Path, folder: Path, resume: st
     if checkpoint is None and report.new:
         logger.info(f"newly initialised: {', '.join(report.new[:6])}{' …' if len(report.new) > 6 else ''}")
     logger.info(loader.describe())
-    return trainer.fit()
+    summary = trainer.fit()
+    # A rank that leaves while others are still writing would take their connections with it.
+    barrier()
+    return summary
 
 
 def open_inputs(

@@ -48,8 +48,8 @@ def open_run_folder(folder: Path, recipe: Recipe, ds_config: dict[str, Any], res
             f"--output_dir {folder} holds another run: add --resume auto to go on with it, or name a new folder"
         )
     if checkpoint is not None:
-        _refuse_other_engine(checkpoint, world_size(), zero_stage(ds_config), str(precision(ds_config)))
         _refuse_other_recipe(checkpoint.parent.parent / "recipe.yaml", recipe)
+        _refuse_other_engine(checkpoint, world_size(), zero_stage(ds_config), str(precision(ds_config)))
     if is_main():
         try:
             folder.mkdir(parents=True, exist_ok=True)

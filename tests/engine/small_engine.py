@@ -174,6 +174,8 @@ def _worker(rank: int, world: int, port: int, target: Callable[..., Any], argume
     result = target(*arguments)
     if rank == 0:
         torch.save(result, out)
+    # A rank that leaves early takes the others' connections with it.
+    torch.distributed.barrier()
 
 
 def run_ranks(world: int, out: str, target: Callable[..., Any], *arguments: Any) -> Any:

@@ -90,7 +90,7 @@ def teacher_logits(files: Path, folder: Path) -> float:
         for path in (None, store / "features.h5"):
             recipe = make_recipe(files, features__views=3, head_alignment=ALIGN)
             loader, source = open_inputs(recipe, device, torch.float32, path)
-            source.enter_stage(0, False)
+            source.enter_stage(0, {"text.ln_final.weight"})
             batches = [source(batch, epoch) for batch in loader.epoch(epoch)]
             logits.append([source.teacher_scale * batch.teacher[0] @ batch.teacher[1].T for batch in batches])
         difference = max(difference, *((a - b).abs().max().item() for a, b in zip(*logits, strict=True)))
