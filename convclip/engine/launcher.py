@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import atexit
+import gc
 import os
 import socket
 import sys
+import time
 from pathlib import Path
 
 import torch
@@ -31,6 +33,10 @@ def start_processes() -> None:
 
 
 def _stop() -> None:
+    # gloo's threads let go of the last collective's tensors a moment after it, and abort when Python is gone by then.
+    time.sleep(0.2)
+    # What a rebuild froze (see rebuild.py) would be taken for leaked by extension modules.
+    gc.unfreeze()
     if torch.distributed.is_initialized():
         torch.distributed.destroy_process_group()
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
+import math
 import resource
 import sys
 import time
@@ -11,8 +12,10 @@ from pathlib import Path
 from typing import Any
 
 from deepspeed.accelerator import get_accelerator
+from torch import Tensor
 
 from convclip.distributed import is_main
+from convclip.schema import UserError
 
 try:
     from torch.utils.tensorboard import SummaryWriter
@@ -128,6 +131,33 @@ class StepClock:
         }
         self.reset()
         return figures
+
+
+class LossWatch:
+    """Sees whether losses are finite, a step late where it can: reading a loss waits for the device."""
+
+    def __init__(self, max_bad_steps: int) -> None:
+        self.max_bad_steps, self.bad_steps = max_bad_steps, 0
+        self.unread: list[tuple[int, Tensor]] = []
+
+    def add(self, step: int, loss: Tensor) -> None:
+        """A step's loss, still on the device."""
+        self.unread.append((step, loss))
+
+    def read(self, keep: int = 0) -> None:
+        """Read all but the `keep` newest; UserError after max_bad_steps in a row that are NaN or infinite."""
+        while len(self.unread) > keep:
+            step, loss = self.unread.pop(0)
+            if math.isfinite(loss.item()):
+                self.bad_steps = 0
+                continue
+            self.bad_steps += 1
+            logger.warning(f"step {step}: loss is {loss.item()} ({self.bad_steps} in a row)")
+            if self.bad_steps >= self.max_bad_steps:
+                raise UserError(
+                    f"stopped at step {step}: {self.bad_steps} steps in a row without a finite loss; lower optim.lr, "
+                    f"set optim.clip_grad_norm, or use bf16 or fp32; the last good checkpoint is kept"
+                )
 
 
 def memory_gib() -> float:

@@ -22,6 +22,7 @@ from deepspeed.runtime.fp16.unfused_optimizer import FP16_UnfusedOptimizer
 from deepspeed.runtime.zero import parameter_offload
 from torch import Tensor, nn
 
+from convclip.engine.ds_config import precision
 from convclip.engine.parameter_groups import Group
 from convclip.engine.shards import optimizer_shards, refresh_model_copy, write_masters
 from convclip.schema import Optim
@@ -54,6 +55,10 @@ def build_engine(
     trainable = {name for group in groups for name in group.parameters}
     for name, parameter in model.named_parameters():
         parameter.requires_grad_(name in trainable)
+    for buffer in model.buffers():
+        # DeepSpeed casts the parameters alone, and a batch norm wants its running statistics in the same precision.
+        if buffer.is_floating_point():
+            buffer.data = buffer.data.to(precision(ds_config))
     model.train()
     parameters = dict(model.named_parameters())
     optimizer = torch.optim.AdamW(
@@ -97,6 +102,8 @@ def rebuild_engine(
     model = dismantle(engine)
     del engine
     gc.collect()
+    # What is left lives on: later collections, DeepSpeed's own too, need not walk it (imports alone take 0.3 s).
+    gc.freeze()
     engine = build_engine(model, groups, ds_config, optim, fp32_values)
     restore_snapshot(engine, snapshot)
     return engine

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Iterable, Mapping
+from typing import Any
 
 from convclip.schema import Recipe
 
@@ -29,3 +31,21 @@ def lr_at(step: int, total_steps: int, warmup: int, peak: float) -> float:
 def group_warmup(step: int, start: int, length: int) -> float:
     """Factor on a group opened at step `start`: linear from 1/length to 1 over `length` steps."""
     return min(1.0, (step - start + 1) / length) if length else 1.0
+
+
+class LearningRates:
+    """The lr of every parameter group at every step of a run."""
+
+    def __init__(self, recipe: Recipe, total_steps: int, starts: Mapping[str, int]) -> None:
+        """`starts`: the step at which a group was opened by an unfreeze event, by its name."""
+        self.total_steps, self.starts = total_steps, starts
+        self.peak, self.warmup = peak_lr(recipe), warmup_steps(recipe, total_steps)
+        self.new_warmup = recipe.freezing.new_warmup_steps
+
+    def set(self, step: int, groups: Iterable[dict[str, Any]]) -> None:
+        """Write `lr` of the optimizer's `groups` for the update after `step` others."""
+        lr = lr_at(step, self.total_steps, self.warmup, self.peak)
+        for group in groups:
+            start = self.starts.get(group["name"])
+            ramp = 1.0 if start is None else group_warmup(step, start, self.new_warmup)
+            group["lr"] = lr * group["lr_scale"] * ramp

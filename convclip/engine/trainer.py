@@ -12,7 +12,6 @@ import torch
 from deepspeed.accelerator import get_accelerator
 from torch import Tensor, nn
 
-from convclip.config import UserError
 from convclip.data.loader import EpochLoader
 from convclip.distributed import all_reduce_mean, rank, world_size
 from convclip.engine.checkpoint import (
@@ -29,11 +28,11 @@ from convclip.engine.ds_config import precision, zero_stage
 from convclip.engine.evaluations import ImageEvaluation
 from convclip.engine.inputs import Inputs, InputSource
 from convclip.engine.memory import check_estimate
-from convclip.engine.meters import RunLog, StepClock, clock, logger, memory_gib
+from convclip.engine.meters import LossWatch, RunLog, StepClock, clock, logger, memory_gib
 from convclip.engine.objective import Objective, VideoObjective
 from convclip.engine.parameter_groups import describe_amount, training_stages
 from convclip.engine.rebuild import build_engine, rebuild_engine
-from convclip.engine.schedule import group_warmup, lr_at, peak_lr, warmup_steps
+from convclip.engine.schedule import LearningRates
 from convclip.engine.shards import clamp_parameter, optimizer_shards
 from convclip.engine.steps import accumulated_step, chunked_step
 from convclip.engine.trial import try_full_step
@@ -62,21 +61,19 @@ class Trainer:
         self.device = torch.device(get_accelerator().current_device_name())
         self.dtype = precision(ds_config)
         self.total_steps = min(loader.steps_per_epoch * recipe.epochs, recipe.max_steps or math.inf)
-        self.warmup = warmup_steps(recipe, self.total_steps)
         self.micro_batches = ds_config["gradient_accumulation_steps"]
         self.log = RunLog(folder, self.total_steps)
-        self.clock = StepClock()
-        self.step, self.stage, self.bad_steps, self.best = 0, 0, 0, {}
-        # Losses not yet looked at: reading one waits for the device, so it is read a step late.
-        self.unread: list[tuple[int, Tensor]] = []
+        self.clock, self.losses = StepClock(), LossWatch(recipe.max_bad_steps)
+        self.step, self.stage, self.best = 0, 0, {}
         self.stages = training_stages(model, recipe)
         self.starts = [stage.start(loader.steps_per_epoch) for stage in self.stages]
-        self.event_starts = {
+        opened = {
             group.name: start
             for stage, start in zip(self.stages, self.starts, strict=True)
             for group in stage.opened
             if group.event is not None
         }
+        self.rates = LearningRates(recipe, self.total_steps, opened)
         self._start_engine(model, checkpoint)
 
     def fit(self) -> dict[str, Any]:
@@ -109,7 +106,7 @@ class Trainer:
 
     def _train_step(self, epoch: int, batches: Iterator[dict[str, Any]]) -> tuple[dict[str, Tensor], Tensor]:
         """One optimizer step; returns the losses (of this rank) and exp(logit_scale)."""
-        self._set_lr()
+        self.rates.set(self.step, self.engine.optimizer.param_groups)
         self.objective.step = self.step
         self.source.teacher_is_on = self.objective.is_on(self.recipe.teacher)
         inputs = (self._next_inputs(epoch, batches) for _ in range(self.micro_batches))
@@ -149,13 +146,6 @@ class Trainer:
             logger.warning(f"step {self.step + 1}: broken sample replaced: {problem}")
         return self.source(batch, epoch)
 
-    def _set_lr(self) -> None:
-        lr = lr_at(self.step, self.total_steps, self.warmup, peak_lr(self.recipe))
-        for group in self.engine.optimizer.param_groups:
-            start = self.event_starts.get(group["name"])
-            ramp = 1.0 if start is None else group_warmup(self.step, start, self.recipe.freezing.new_warmup_steps)
-            group["lr"] = lr * group["lr_scale"] * ramp
-
     def _unfreeze_if_due(self) -> bool:
         """Open the stages that begin before this step: the engine is rebuilt with their groups added."""
         before = self.stage
@@ -165,7 +155,7 @@ class Trainer:
             values = {n: self.fp32_values.pop(n) for group in stage.opened for n in group.parameters}
             self.engine = rebuild_engine(self.engine, stage.groups, self.ds_config, self.recipe.optim, values)
             self._look_at_engine()
-            self._set_lr()
+            self.rates.set(self.step, self.engine.optimizer.param_groups)
             lrs = {group["name"]: group["lr"] for group in self.engine.optimizer.param_groups}
             for event in stage.events:
                 self._report_event(event, stage, lrs, time.perf_counter() - started)
@@ -194,9 +184,9 @@ class Trainer:
 
     def _report_step(self, epoch: int, losses: dict[str, Tensor], logit_scale: Tensor) -> None:
         """Every `log_every` steps write the figures; in between only watch that the loss is finite."""
-        self.unread.append((self.step, losses["total"]))
         due = self.step % self.recipe.log_every == 0 or self.step == self.total_steps
-        self._watch_losses(keep=0 if due else 1)
+        self.losses.add(self.step, losses["total"])
+        self.losses.read(keep=0 if due else 1)
         if not due:
             return
         parts = {f"loss_{name}": value for name, value in losses.items() if name != "total" and len(losses) > 2}
@@ -218,21 +208,6 @@ class Trainer:
         self.log.metrics(row)
         for warning in self.objective.warnings(row):
             logger.warning(warning)
-
-    def _watch_losses(self, keep: int) -> None:
-        """Read all but the `keep` newest losses; UserError after max_bad_steps in a row that are NaN or infinite."""
-        while len(self.unread) > keep:
-            step, loss = self.unread.pop(0)
-            if math.isfinite(loss.item()):
-                self.bad_steps = 0
-                continue
-            self.bad_steps += 1
-            logger.warning(f"step {step}: loss is {loss.item()} ({self.bad_steps} in a row)")
-            if self.bad_steps >= self.recipe.max_bad_steps:
-                raise UserError(
-                    f"stopped at step {step}: {self.bad_steps} steps in a row without a finite loss; lower optim.lr, "
-                    f"set optim.clip_grad_norm, or use bf16 or fp32; the last good checkpoint is kept"
-                )
 
     def _finish_epoch(self, epoch: int) -> None:
         """After an epoch's last step (or the run's): evaluate, then save."""
@@ -276,8 +251,8 @@ class Trainer:
 
     def _save(self, figures: dict[str, Any] | None = None) -> None:
         """Save a checkpoint, move `latest`, and `best` where the mean standard R@1 is higher than ever."""
-        self._watch_losses(keep=0)
-        if self.bad_steps:
+        self.losses.read()
+        if self.losses.bad_steps:
             logger.warning(f"step {self.step}: not saved, the loss is not finite")
             return
         first = [value for key, value in figures["standard"].items() if key.endswith("_r1")] if figures else [-1.0]

@@ -96,7 +96,13 @@ def stop_midway(source: Path, workers: int, stop: signal.Signals) -> tuple[subpr
     picture.unlink()
     os.mkfifo(picture)
     process = subprocess.Popen(
-        command(source, "--workers", workers), stderr=subprocess.PIPE, text=True, cwd=REPOSITORY, start_new_session=True
+        command(source, "--workers", workers),
+        stderr=subprocess.PIPE,
+        text=True,
+        cwd=REPOSITORY,
+        start_new_session=True,
+        # A test run in the background inherits an ignored Ctrl-C; at a terminal it is not.
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
     )
     journal = source / "out" / "train.index.json.part"
     # With one worker the blocked shard also holds up those after it.
