@@ -21,7 +21,7 @@ demo: $(STAMP)
 	@echo "The run: demo/run    its log: demo/run/train.log    its curves: demo/run/plot.png, demo/run/report/index.html"
 
 test: $(STAMP)
-	$(RUN) python -m pytest
+	$(RUN) python -m pytest --numprocesses 2 --dist loadfile
 
 lint: $(STAMP)
 	$(RUN) ruff check

@@ -29,7 +29,7 @@ setup(
         "Pillow",
     ],
     extras_require={
-        "test": ["pytest", "hypothesis", "ruff"],
+        "test": ["pytest", "pytest-xdist", "hypothesis", "ruff"],
         "video": ["av"],
         "report": ["matplotlib", "tensorboard"],
     },
