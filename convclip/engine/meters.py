@@ -160,11 +160,16 @@ class LossWatch:
                 )
 
 
+def on_accelerator() -> bool:
+    """Whether the run has a device with memory of its own."""
+    return get_accelerator().device_name() != "cpu"
+
+
 def memory_gib() -> float:
     """Peak memory of this process in GiB: on the accelerator where there is one, else resident."""
-    if get_accelerator().device_name() == "cpu":
-        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
-    return get_accelerator().max_memory_allocated() / 2**30
+    if on_accelerator():
+        return get_accelerator().max_memory_allocated() / 2**30
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
 
 
 def clock(seconds: float) -> str:

@@ -28,10 +28,10 @@ from convclip.engine.ds_config import precision, zero_stage
 from convclip.engine.evaluations import ImageEvaluation
 from convclip.engine.inputs import Inputs, InputSource
 from convclip.engine.memory import check_estimate
-from convclip.engine.meters import LossWatch, RunLog, StepClock, clock, logger, memory_gib
+from convclip.engine.meters import LossWatch, RunLog, StepClock, clock, logger, memory_gib, on_accelerator
 from convclip.engine.objective import Objective, VideoObjective
 from convclip.engine.parameter_groups import describe_amount, training_stages
-from convclip.engine.rebuild import build_engine, rebuild_engine
+from convclip.engine.rebuild import build_engine, dismantle, rebuild_engine
 from convclip.engine.schedule import LearningRates
 from convclip.engine.shards import clamp_parameter, optimizer_shards
 from convclip.engine.steps import accumulated_step, chunked_step
@@ -80,7 +80,6 @@ class Trainer:
         """Run to the last step and return the summary (also logged)."""
         started, first_step = time.perf_counter(), self.step
         self._report_start()
-        self._try_full_step()
         while self.step < self.total_steps:
             epoch, step_in_epoch = divmod(self.step, self.loader.steps_per_epoch)
             batches = None
@@ -120,22 +119,28 @@ class Trainer:
         clamp_parameter(self.engine, self.shards, "logit_scale", 0.0, self.recipe.optim.max_logit_scale)
         return losses, logit_scale
 
-    def _try_full_step(self) -> None:
-        """On an accelerator, find out before the data starts whether a full step fits its memory."""
-        if self.device.type != "cpu" and self.recipe.video is None:
-            stage = self.stages[self.stage]
-            try_full_step(
-                self.engine,
-                self.recipe,
-                stage,
-                self.ds_config,
-                self.source,
-                lambda made_up: self._train_step(0, made_up),
-            )
+    def _try_last_stage(self, model: nn.Module) -> None:
+        """On an accelerator, find out before the data starts whether a step of the run's largest stage fits."""
+        if not on_accelerator() or self.recipe.video is not None:
+            return
+        now, self.stage = self.stage, max(n for n, start in enumerate(self.starts) if start < self.total_steps)
+        stage = self.stages[self.stage]
+        self.engine = build_engine(model, stage.groups, self.ds_config, self.recipe.optim, self.fp32_values)
+        self._look_at_engine()
+        try_full_step(
+            self.engine,
+            self.recipe,
+            stage,
+            self.ds_config,
+            self.source,
+            lambda made_up: self._train_step(0, made_up),
+        )
+        dismantle(self.engine)
+        self.stage = now
 
     def _report_memory(self) -> None:
         """After the first step on an accelerator: the plan's estimate beside the true peak."""
-        if self.device.type != "cpu" and self.recipe.video is None:
+        if on_accelerator() and self.recipe.video is None:
             stage = self.stages[self.stage]
             logger.info(check_estimate(self.recipe, stage, self.ds_config, world_size(), memory_gib()))
 
@@ -279,6 +284,7 @@ class Trainer:
         self.sizes = {name: parameter.numel() for name, parameter in model.named_parameters()}
         ever_trained = self.stages[-1].trainable
         self.fp32_values = {n: p.detach().clone().cpu() for n, p in model.named_parameters() if n in ever_trained}
+        self._try_last_stage(model)
         trainable = self.stages[self.stage].trainable
         counts = parameter_counts(model, trainable)
         groups = self.stages[self.stage].groups

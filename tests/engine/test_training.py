@@ -110,6 +110,22 @@ def test_two_ranks_equal_one_with_the_same_global_batch(files, tmp_path):
             assert worst <= 1e-5, f"world {world} stage {stage}: {worst}"
 
 
+def with_a_trial_of_the_last_stage(files, folder):
+    """A run as on an accelerator, which tries its largest stage before the first."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("convclip.engine.trainer.on_accelerator", lambda: True)
+        return train_here(files, folder, 2)["steps"]
+
+
+def test_a_trial_of_the_last_stage_changes_nothing(files, tmp_path, launched):
+    run_ranks(2, tmp_path / "out.pt", with_a_trial_of_the_last_stage, str(files), str(tmp_path / "run"))
+    expected, found = weights_of(launched[1]), weights_of(tmp_path / "run")
+    assert all(torch.equal(found[name], value) for name, value in expected.items())
+    log = (tmp_path / "run" / "train.log").read_text()
+    assert log.index("a full step fits") < log.index("step 1/24")
+    assert "estimated" in log
+
+
 def test_a_killed_run_resumes_to_the_same_weights(files, tmp_path):
     slow = ["--set", "checkpoint.every_steps=4"]
     whole = train_alone(*arguments(files, tmp_path / "whole", *slow))
