@@ -1,13 +1,12 @@
 """What the training stream and the shard writer cost beside the bare work they are made of.
 
-    python benchmarks/data_stream.py [--images FOLDER] [--count 1024] [--copies 4] [--workers 2] [--repeats 5]
+    python benchmarks/data_stream.py [--images FOLDER] [--count 1024] [--workers 2] [--repeats 5]
 
 Stream: images/s of TrainLoader (shards, tokens, batches) against as many processes that only decode with Pillow and
-apply torchvision's crop. Shards: images/s of write_shards, with the tool's default of a worker per core and with one,
-against a loop that copies the same files into a tar; --copies times --count images, for starting the workers takes a
-third of a second. Each comparison is measured in turns in one run; the medians' ratio is printed beside its target.
-Without --images the pictures are made here (640 x 480 JPEG); with it, the folder's first --count .jpg files are used
-again and again.
+apply torchvision's crop. Shards: images/s of write_shards with one worker against a loop that copies the same files
+into a tar. Each pair is measured in turns in one run; the medians' ratio is printed beside its target. Without
+--images the pictures are made here (640 x 480 JPEG); with it, the folder's first --count .jpg files are used again
+and again.
 """
 
 from __future__ import annotations
@@ -17,8 +16,6 @@ import io
 import itertools
 import json
 import multiprocessing
-import os
-import shutil
 import statistics
 import tarfile
 import tempfile
@@ -99,24 +96,18 @@ def report(name: str, ours: float, bare: float, target: float) -> None:
     print(f"{name}: {ours:.0f} images/s, bare {bare:.0f} images/s, ratio {ours / bare:.2f} (target >= {target})")
 
 
-def build_shards(images: list[CocoImage], folder: Path, output: Path, workers: int) -> None:
-    """Shards of `images`, afresh: shards that are there would not be written again."""
-    shutil.rmtree(output, ignore_errors=True)
+def measure_shards(images: list[CocoImage], folder: Path, scratch: Path, repeats: int) -> str:
+    """Shard building; returns the pattern of the last shards for `measure_stream`."""
+    numbers = itertools.count()
     members = partial(image_members, folder=folder)
-    write_shards(images, members, output, "train", {}, samples_per_shard=256, workers=workers)
 
+    def build() -> None:
+        # A folder of its own each time: shards that are there are not written again.
+        write_shards(images, members, scratch / f"shards{next(numbers)}", "train", {}, samples_per_shard=256)
 
-def measure_shards(images: list[CocoImage], folder: Path, scratch: Path, workers: int, repeats: int) -> None:
-    """Shard building with `workers` and with one, against the copy loop."""
-    several, one, bare = rates(
-        len(images),
-        repeats,
-        lambda: build_shards(images, folder, scratch / "several", workers),
-        lambda: build_shards(images, folder, scratch / "one", 1),
-        lambda: copy_loop(images, folder, scratch / "copy.tar"),
-    )
-    report(f"shards, {workers} workers", several, bare, SHARDS_TARGET)
-    report("shards, one worker", one, bare, SHARDS_TARGET)
+    ours, bare = rates(len(images), repeats, build, lambda: copy_loop(images, folder, scratch / "copy.tar"))
+    report("shards", ours, bare, SHARDS_TARGET)
+    return str(scratch / f"shards{next(numbers) - 1}" / "*.tar")
 
 
 def measure_stream(
@@ -145,8 +136,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--images", type=Path, help="folder of .jpg files; default: pictures made here")
     parser.add_argument("--count", type=int, default=1024, help="images per measurement")
-    parser.add_argument("--copies", type=int, default=4, help="times --count images for building shards")
-    parser.add_argument("--workers", type=int, default=os.cpu_count())
+    parser.add_argument("--workers", type=int, default=2)
     parser.add_argument("--repeats", type=int, default=5)
     args = parser.parse_args()
     with tempfile.TemporaryDirectory() as temporary:
@@ -158,9 +148,8 @@ def main() -> None:
         if not files:
             parser.error(f"--images {folder} holds no .jpg file")
         images = as_data_set(files, args.count)
-        measure_shards(as_data_set(files, args.copies * args.count), folder, scratch, args.workers, args.repeats)
-        build_shards(images, folder, scratch / "stream", args.workers)
-        measure_stream(str(scratch / "stream" / "*.tar"), images, folder, scratch, args.workers, args.repeats)
+        pattern = measure_shards(images, folder, scratch, args.repeats)
+        measure_stream(pattern, images, folder, scratch, args.workers, args.repeats)
 
 
 if __name__ == "__main__":
