@@ -19,7 +19,7 @@ class UserError(Exception):
 Positive = Annotated[float, Field(gt=0)]
 Decay = Annotated[float, Field(ge=0, lt=1)]
 Weight = Annotated[float, Field(ge=0)]
-Part = Literal["image", "text", "temporal", "aggregation", "logit_scale"]
+Part = Literal["image", "text", "temporal", "aggregation", "logit_scale", "logit_bias"]
 
 
 class Section(BaseModel):
@@ -85,6 +85,8 @@ class Model(Section):
     text: TextTower = TextTower()
     pretrained: str | None = None
     init_logit_scale: float = math.log(1 / 0.07)
+    # The sigmoid loss's bias; SigLIP starts it at -10, and init_logit_scale at ln 10 = 2.303. None: the model has none.
+    init_logit_bias: float | None = None
 
 
 class Data(Section):
@@ -280,8 +282,12 @@ class Features(Section):
 
 
 class Loss(Section):
-    """The contrastive loss. `tile` bounds the block of logits held at a time; None holds all of a rank's rows."""
+    """The contrastive loss: CLIP's `softmax` or SigLIP's `sigmoid`, which wants `model.init_logit_bias`.
 
+    `tile` bounds the block of logits held at a time; None holds all of a rank's rows.
+    """
+
+    kind: Literal["softmax", "sigmoid"] = "softmax"
     tile: int | None = Field(None, gt=0)
     # Rows of one image are never each other's negatives.
     mask_same_image: bool = False
@@ -331,6 +337,14 @@ class Recipe(Section):
     rows_per_epoch: int | None = Field(None, gt=0)
 
     @model_validator(mode="after")
+    def _sigmoid_has_a_bias(self) -> Recipe:
+        if (self.loss.kind == "sigmoid") != (self.model.init_logit_bias is not None):
+            raise ValueError(
+                "loss.kind sigmoid and model.init_logit_bias (SigLIP: -10) go together: set both or neither"
+            )
+        return self
+
+    @model_validator(mode="after")
     def _video_has_losses_of_its_own(self) -> Recipe:
         if self.video is None:
             return self
@@ -338,6 +352,7 @@ class Recipe(Section):
             ("teacher", self.teacher is not None),
             ("head_alignment", self.head_alignment is not None),
             ("batch.micro", self.batch.micro is not None),
+            ("loss.kind", self.loss.kind != "softmax"),
             ("loss.mask_same_image", self.loss.mask_same_image),
             ("features.views", self.features.views is not None),
         ):

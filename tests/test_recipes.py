@@ -248,6 +248,12 @@ def test_batch_arithmetic_is_exact_or_refused(total, accumulation, micro, world)
             batch.per_rank(world)
 
 
+def test_the_sigmoid_loss_wants_a_bias():
+    for half in ("loss.kind=sigmoid", "model.init_logit_bias=-10"):
+        with pytest.raises(UserError, match="set both or neither"):
+            load_recipe("demo", [half])
+
+
 def test_recipes_cannot_change_after_loading():
     with pytest.raises(ValueError, match="frozen"):
         load_recipe("demo").epochs = 3

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from convclip.engine.inputs import Inputs
 from convclip.engine.video_inputs import VideoInputs
-from convclip.losses.contrastive import clip_loss
+from convclip.losses.contrastive import clip_loss, siglip_loss
 from convclip.losses.distillation import distillation_loss
 from convclip.losses.head_alignment import head_alignment_loss
 from convclip.losses.teachclip import stuck_at_chance, teachclip_loss
@@ -31,14 +31,18 @@ class Objective:
     def __call__(
         self, image_features: Tensor, text_features: Tensor, logit_scale: Tensor, batches: list[Inputs]
     ) -> dict[str, Tensor]:
-        """Losses by name; `total` is what is trained. Features [B, D], unit length: the rows of `batches` in turn."""
+        """Losses by name; `total` is what is trained. Features [B, D], unit length: the rows of `batches` in turn.
+
+        logit_scale [1], exponentiated, or [2] with the logit bias behind it.
+        """
         recipe, tile = self.recipe, self.recipe.loss.tile
         ids = torch.cat([batch.image_id for batch in batches]) if recipe.loss.mask_same_image else None
-        losses = {"contrastive": clip_loss(image_features, text_features, logit_scale, tile=tile, ids=ids)}
+        loss = clip_loss if recipe.loss.kind == "softmax" else siglip_loss
+        losses = {"contrastive": loss(image_features, text_features, *logit_scale.split(1), tile=tile, ids=ids)}
         total = losses["contrastive"]
         if self.is_on(recipe.teacher):
             teacher = [torch.cat(rows) for rows in zip(*(batch.teacher for batch in batches), strict=True)]
-            student = (image_features, text_features, logit_scale)
+            student = (image_features, text_features, logit_scale[:1])
             scale = logit_scale.new_tensor(self.teacher_scale)
             losses["distillation"] = distillation_loss(
                 *student, *teacher, scale, temperature=recipe.teacher.temperature, tile=tile

@@ -51,8 +51,6 @@ class Stage:
 
 def part_of(name: str) -> str:
     """The part of the model a parameter belongs to, as users name it in recipes and logs."""
-    if name == "logit_scale":
-        return "logit_scale"
     part = name.split(".", 1)[0]
     return "image" if part == "visual" else part
 

@@ -104,7 +104,7 @@ class Trainer:
         return summary
 
     def _train_step(self, epoch: int, batches: Iterator[dict[str, Any]]) -> tuple[dict[str, Tensor], Tensor]:
-        """One optimizer step; returns the losses (of this rank) and exp(logit_scale)."""
+        """One optimizer step; returns the losses (of this rank) and exp(logit_scale), with the bias if any."""
         self.rates.set(self.step, self.engine.optimizer.param_groups)
         self.objective.step = self.step
         self.source.teacher_is_on = self.objective.is_on(self.recipe.teacher)
@@ -203,7 +203,7 @@ class Trainer:
             "loss": all_reduce_mean(losses["total"]).item(),
             **{name: all_reduce_mean(value).item() for name, value in parts.items()},
             "lr": {group["name"]: group["lr"] for group in self.engine.optimizer.param_groups},
-            "logit_scale": logit_scale.item(),
+            **dict(zip(("logit_scale", "logit_bias"), logit_scale.tolist(), strict=False)),
             # DeepSpeed computes none in stage 0 without clipping.
             "grad_norm": None if grad_norm is None else float(grad_norm),
             "loss_scale": scaler.cur_scale if self.dtype == torch.float16 else None,

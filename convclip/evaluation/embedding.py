@@ -12,7 +12,7 @@ from tqdm import tqdm
 from convclip.data.evaluation_set import PADDING, EvaluationSet
 from convclip.data.transforms import normalize
 from convclip.distributed import gather, gather_objects, is_main, rank, world_size
-from convclip.evaluation.retrieval import clip_validation_loss, rowwise_recall, standard_recall
+from convclip.evaluation.retrieval import rowwise_recall, standard_recall, validation_loss
 from convclip.schema import ImageTower
 
 # (images=…) or (texts=…) -> (image features or None, text features or None, exp(logit_scale), …), unit length.
@@ -29,7 +29,7 @@ def embed(
     batch: int = 128,
     workers: int = 0,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """(image features [N, D], text features [M, D], exp(logit_scale) [1]) in float32 on every rank.
+    """(image features [N, D], text features [M, D], exp(logit_scale) [1] or with bias [2]) in float32 on every rank.
 
     Every rank runs the same number of batches, so that ZeRO-3's collectives stay in step.
     """
@@ -75,7 +75,7 @@ def _figures(images: Tensor, texts: Tensor, scale: Tensor, image_of_text: Tensor
     return {
         "standard": standard_recall(images, texts, image_of_text),
         "rowwise": rowwise_recall(images, texts, image_of_text=image_of_text),
-        "val_loss": clip_validation_loss(images[image_of_text], texts, scale, batch),
+        "val_loss": validation_loss(images[image_of_text], texts, batch, *scale),
         "images": len(images),
         "texts": len(texts),
     }

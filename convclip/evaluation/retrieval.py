@@ -66,10 +66,15 @@ def rowwise_recall(
     return _figures(image_to_text, text_to_image, ks)
 
 
-def clip_validation_loss(
-    image_features: Tensor, text_features: Tensor, logit_scale: Tensor | float, batch: int
+def validation_loss(
+    image_features: Tensor,
+    text_features: Tensor,
+    batch: int,
+    logit_scale: Tensor | float,
+    logit_bias: Tensor | float | None = None,
 ) -> float:
-    """open_clip's clip_val_loss: CLIP's loss of each `batch` rows in the order given, averaged over rows.
+    """The loss of each `batch` rows in the order given, averaged over rows: open_clip's clip_val_loss, or with a bias
+    SigLIP's.
 
     image_features, text_features [R, D], row i matching row i; logit_scale already exponentiated. As in open_clip, the
     last batch may be smaller and captions of one image in a batch are each other's negatives: values compare only
@@ -84,7 +89,11 @@ def clip_validation_loss(
     for image, text in zip(image_features.split(batch), text_features.split(batch), strict=True):
         logits = logit_scale * image.float() @ text.float().T
         pair = torch.arange(len(image), device=image.device)
-        loss = (F.cross_entropy(logits, pair) + F.cross_entropy(logits.T, pair)) / 2
+        if logit_bias is None:
+            loss = (F.cross_entropy(logits, pair) + F.cross_entropy(logits.T, pair)) / 2
+        else:
+            match = F.one_hot(pair).to(logits)
+            loss = F.binary_cross_entropy_with_logits(logits + logit_bias, match, reduction="sum") / len(image)
         total += loss.double().cpu() * len(image)
     return (total / len(image_features)).item()
 

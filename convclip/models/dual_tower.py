@@ -15,7 +15,7 @@ from convclip.models.text_tower import build_text_tower
 
 
 class DualTower(nn.Module):
-    """`visual`, `text` and `logit_scale`; parameter names are those of open_clip's CustomTextCLIP."""
+    """`visual`, `text`, `logit_scale` and perhaps `logit_bias`; names are those of open_clip's CustomTextCLIP."""
 
     # Whether locking a tower locks its head too; here heads are new and always train.
     locks_heads = False
@@ -26,6 +26,8 @@ class DualTower(nn.Module):
         self.text = build_text_tower(config.text, config.embed_dim)
         # Shape (1,), not (): DeepSpeed fails on parameters without a dimension.
         self.logit_scale = nn.Parameter(torch.full((1,), config.init_logit_scale))
+        bias = config.init_logit_bias
+        self.logit_bias = None if bias is None else nn.Parameter(torch.full((1,), bias))
         # The frozen head of head alignment, where a recipe asks for one.
         self.reference: nn.Module | None = None
 
@@ -45,17 +47,20 @@ class DualTower(nn.Module):
     def forward(
         self, images: Tensor | None = None, texts: Tensor | None = None, boundary: int = 0, stop: int | None = None
     ) -> tuple[Tensor | None, ...] | Tensor:
-        """(image features [B, D], text features [B, D], logit scale [1]); a tower without input gives None.
+        """(image features [B, D], text features [B, D], logit scale [1] or [2]); a tower without input gives None.
 
-        Features have unit length; the logit scale is exponentiated. `boundary` as in `encode_image`. With `stop`, only
-        what enters layer group `stop` of the image tower is computed and returned. With a `reference` head (see
-        `convclip.models.reference_head`), its embeddings of the same feature map come as a fourth item.
+        Features have unit length; the logit scale is exponentiated, and followed by the logit bias where there is one.
+        `boundary` as in `encode_image`. With `stop`, only what enters layer group `stop` of the image tower is computed
+        and returned. With a `reference` head (see `convclip.models.reference_head`), its embeddings of the same feature
+        map come as a fourth item.
         """
         if stop is not None:
             return self.visual.forward_between(images, boundary, stop)
         # Text first: it reads its longest caption's length, which on an accelerator waits for the work queued so far.
         text_features = None if texts is None else self.encode_text(texts, normalize=True)
         scale = self.logit_scale.float().exp()
+        if self.logit_bias is not None:
+            scale = torch.cat([scale, self.logit_bias.float()])
         if self.reference is None:
             image_features = None if images is None else self.encode_image(images, normalize=True, boundary=boundary)
             return image_features, text_features, scale

@@ -97,13 +97,15 @@ def open_clip_config(config: schema.Model) -> dict[str, Any]:
     preprocess = {"mean": list(image.mean), "std": list(image.std)}
     preprocess |= {"interpolation": "bicubic", "resize_mode": "shortest"}
     model_cfg = {"embed_dim": config.embed_dim, "vision_cfg": vision, "text_cfg": text_cfg}
+    if config.init_logit_bias is not None:
+        model_cfg["init_logit_bias"] = config.init_logit_bias
     return {"model_cfg": model_cfg, "preprocess_cfg": preprocess}
 
 
 def _open_clip_tensors(tensors: dict[str, Tensor], model_cfg: dict[str, Any]) -> dict[str, Tensor]:
     """Tensors under the names of open_clip's CLIP, checked against the model it will build."""
     renamed = {name.removeprefix("text."): value for name, value in tensors.items()}
-    renamed["logit_scale"] = renamed["logit_scale"].reshape(())
+    renamed |= {name: renamed[name].reshape(()) for name in ("logit_scale", "logit_bias") if name in renamed}
     refusal = "open_clip builds this backbone differently, so it cannot be exported to it:"
     try:
         with torch.device("meta"):

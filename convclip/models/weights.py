@@ -1,7 +1,7 @@
 """Released weights into a DualTower: timm trunks, GPT-2, and open_clip checkpoints of both towers.
 
 What a file holds must fit: a missing, left-over or misshapen tensor is a UserError that names it. Only these may stay
-new: the image head where the file has none or another kind, and GPT-2's projection.
+new: the image head where the file has none or another kind, GPT-2's projection, and a logit bias.
 """
 
 from __future__ import annotations
@@ -153,7 +153,7 @@ def _fitting(
     tensors: Tensors,
     part: str,
     source: str,
-    may_be_new: tuple[str, ...] = ("visual.head.", "text.proj."),
+    may_be_new: tuple[str, ...] = ("visual.head.", "text.proj.", "logit_bias"),
 ) -> Tensors:
     """`tensors`, if they are what the names of `model` that start with `part` need; else a UserError."""
     needed = {name: value.shape for name, value in model.state_dict().items() if name.startswith(part)}

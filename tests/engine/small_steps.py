@@ -22,7 +22,7 @@ from convclip.engine.parameter_groups import Stage, training_stages
 from convclip.engine.rebuild import build_engine, rebuild_engine
 from convclip.engine.shards import is_replicated, optimizer_shards
 from convclip.engine.steps import RandomState, chunked_step
-from convclip.losses.contrastive import clip_loss
+from convclip.losses.contrastive import clip_loss, siglip_loss
 from convclip.models import build_model
 from convclip.models.dual_tower import DualTower
 from convclip.models.layer_groups import frozen_image_boundary
@@ -41,13 +41,19 @@ LOCKED = {
 
 
 def small_recipe(
-    drop_path: float = 0.0, freezing: dict[str, Any] | None = None, backbone: str = "test_convnext"
+    drop_path: float = 0.0,
+    freezing: dict[str, Any] | None = None,
+    backbone: str = "test_convnext",
+    sigmoid: bool = False,
 ) -> Recipe:
     image = {"backbone": backbone, "image_size": 32, "drop_path": drop_path, "head": "average_linear"}
     text = {"width": 32, "heads": 2, "layers": 2, "context_length": 12, "vocab_size": 50}
     # A large eps: Adam divides by the gradient's size, which would make rounding of tiny gradients visible.
     values = {"model": {"embed_dim": 16, "image": image, "text": text}, "optim": {"eps": 1e-3, "clip_grad_norm": 0.5}}
     values["batch"] = {"global": BATCH, "micro": CHUNK}
+    if sigmoid:
+        values["model"]["init_logit_bias"] = -2.0
+        values["loss"] = {"kind": "sigmoid"}
     return Recipe.model_validate({"name": "small", "epochs": 1, "freezing": freezing or {}, **values})
 
 
@@ -66,9 +72,14 @@ def rows(step: int) -> tuple[Tensor, Tensor, Tensor]:
 
 
 def plain_loss(image: Tensor, text: Tensor, scale: Tensor, ids: Tensor) -> Tensor:
-    """The loss of the whole batch on whole logits."""
-    others = (ids[:, None] == ids) & ~torch.eye(len(ids), dtype=torch.bool)
-    logits = (scale * image @ text.T).masked_fill(others, -torch.inf)
+    """The loss of the whole batch on whole logits: SigLIP's where the scale has a bias behind it."""
+    pairs = torch.eye(len(ids), dtype=torch.bool)
+    others = (ids[:, None] == ids) & ~pairs
+    logits = scale[0] * image @ text.T
+    if len(scale) == 2:
+        signed = torch.where(pairs, 1, -1) * (logits + scale[1])
+        return -F.logsigmoid(signed).masked_fill(others, 0.0).sum() / len(ids)
+    logits = logits.masked_fill(others, -torch.inf)
     labels = torch.arange(len(ids))
     return (F.cross_entropy(logits, labels) + F.cross_entropy(logits.T, labels)) / 2
 
@@ -97,9 +108,10 @@ def plain_run(recipe: Recipe, world: int, chunk: int) -> dict[str, Tensor]:
             generators[number].restore()
             features += [model(images[part], texts[part]) for part in share.split(chunk)]
             generators[number] = RandomState.now()
-        image, text, scale = (torch.cat(column) for column in zip(*features, strict=True))
+        images, texts, (scale, *_) = zip(*features, strict=True)
+        image, text = torch.cat(images), torch.cat(texts)
         optimizer.zero_grad()
-        plain_loss(image, text, scale[0], ids).backward()
+        plain_loss(image, text, scale, ids).backward()
         torch.nn.utils.clip_grad_norm_([p for p in parameters.values() if p.requires_grad], 0.5)
         optimizer.step()
     return {name: parameter.detach() for name, parameter in parameters.items()}
@@ -132,7 +144,8 @@ def chunks(step: int, size: int, dtype: torch.dtype) -> Iterator[Inputs]:
 
 
 def loss_of(image: Tensor, text: Tensor, scale: Tensor, batches: list[Inputs]) -> dict[str, Tensor]:
-    return {"total": clip_loss(image, text, scale, tile=3, ids=torch.cat([batch.image_id for batch in batches]))}
+    loss = clip_loss if len(scale) == 1 else siglip_loss
+    return {"total": loss(image, text, *scale.split(1), tile=3, ids=torch.cat([batch.image_id for batch in batches]))}
 
 
 def chunked_run(

@@ -50,6 +50,7 @@ def all_ways(world: int) -> dict[Any, Any]:
     found["random, offloaded", 2] = chunked_run(random, offloading)
     found["reduced"] = [numbers_reduced(whole, ds_config(2, chunk=chunk)) for chunk in (CHUNK, BATCH // world)]
     found["bf16 in one", 0] = chunked_run(whole, ds_config(0, "bf16", BATCH // world))
+    found["sigmoid", 3] = chunked_run(small_recipe(sigmoid=True), ds_config(3))
     found["batch norm", 1] = chunked_run(batch_norms(), ds_config(1, "bf16", BATCH // world))
     return found
 
@@ -92,6 +93,15 @@ def test_chunks_of_any_ranks_equal_one_forward_of_the_whole_batch(found):
     assert difference(oracle, dict(small_model(recipe).named_parameters())) > 1e-2
     for stage in (2, 3):
         assert difference(results["still", stage], oracle) <= 1e-6, stage
+
+
+@pytest.mark.launch
+def test_the_sigmoid_loss_and_its_bias_train_in_chunks(found):
+    _, results = found
+    recipe = small_recipe(sigmoid=True)
+    oracle = plain_run(recipe, 1, BATCH)
+    assert abs(oracle["logit_bias"] + 2).item() > 1e-2
+    assert difference(results["sigmoid", 3], oracle) <= 1e-6
 
 
 @pytest.mark.launch

@@ -95,6 +95,16 @@ def test_an_exported_run_embeds_the_same_in_open_clip(launched, files, tmp_path)
     assert torch.allclose(theirs.eval().encode_image(images), ours.encode_image(images), atol=1e-5)
 
 
+def test_a_run_with_the_sigmoid_loss(files, tmp_path):
+    more = ["--set", "loss.kind=sigmoid", "--set", "model.init_logit_bias=-10", "--set", "model.init_logit_scale=2.303"]
+    done = train_alone(*arguments(files, tmp_path / "run", *more, "--set", "epochs=2", "--set", "optim.lr=0.01"))
+    assert done.returncode == 0, done.stdout + done.stderr
+    steps = [row for row in rows(tmp_path / "run" / "metrics.jsonl") if "event" not in row]
+    assert steps[0]["logit_bias"] == -10 and steps[-1]["logit_bias"] != -10
+    # Four pairs, each about -log sigmoid(-10 + 10 cos).
+    assert 5 < steps[0]["loss"] < 15 and steps[-1]["loss"] < steps[0]["loss"]
+
+
 def worlds_in_stages(files, folder, stages):
     return {stage: train_here(files, f"{folder}/{stage}", stage, ("max_steps=20",))["steps"] for stage in stages}
 

@@ -7,7 +7,7 @@ from convclip import distributed
 from convclip.data.evaluation_set import load_evaluation_set
 from convclip.data.transforms import EvalTransform, normalize
 from convclip.evaluation.embedding import embed, evaluate
-from convclip.evaluation.retrieval import clip_validation_loss, rowwise_recall, standard_recall
+from convclip.evaluation.retrieval import rowwise_recall, standard_recall, validation_loss
 from convclip.schema import Data, ImageTower
 from tests.evaluation.small_model import SIZE, WORDS, SmallModel, numbers_of, read_pictures, write_noise
 from tests.worlds import run_in_world
@@ -44,7 +44,7 @@ def test_one_rank_and_two_agree_with_doing_it_by_hand(tmp_path):
     texts = model(texts=numbers_of(dataset.captions))[1]
     standard = standard_recall(images, texts, dataset.image_of_text)
     rowwise = rowwise_recall(images[dataset.image_of_text], texts)
-    val_loss = clip_validation_loss(images[dataset.image_of_text], texts, scale, 3)
+    val_loss = validation_loss(images[dataset.image_of_text], texts, 3, *scale)
 
     one, two = [embed_and_evaluate(address, 3)], run_in_world(2, embed_and_evaluate, address, 3)
     for embedded, _, figures, grad in (*one, *two):

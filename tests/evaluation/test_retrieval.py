@@ -8,10 +8,10 @@ import torch
 import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from open_clip.loss import ClipLoss
+from open_clip.loss import ClipLoss, SigLipLoss
 
 from convclip.evaluation import retrieval
-from convclip.evaluation.retrieval import clip_validation_loss, rowwise_recall, standard_recall
+from convclip.evaluation.retrieval import rowwise_recall, standard_recall, validation_loss
 
 
 def figures(image_ranks, text_ranks, ks=(1, 5, 10)):
@@ -149,7 +149,19 @@ def test_validation_loss_is_open_clips(batch):
         ClipLoss()(image[i : i + batch], text[i : i + batch], 20.0) * len(image[i : i + batch])
         for i in range(0, 23, batch)
     )
-    assert clip_validation_loss(image, text, torch.tensor([20.0]), batch) == pytest.approx(total.item() / 23, rel=1e-6)
+    assert validation_loss(image, text, batch, torch.tensor([20.0])) == pytest.approx(total.item() / 23, rel=1e-6)
+
+
+@pytest.mark.parametrize("batch", [1, 4, 100])
+def test_validation_loss_with_a_bias_is_siglips(batch):
+    torch.manual_seed(0)
+    image, text = (F.normalize(torch.randn(23, 8), dim=1) for _ in range(2))
+    total = sum(
+        SigLipLoss()(image[i : i + batch], text[i : i + batch], 20.0, -10.0) * len(image[i : i + batch])
+        for i in range(0, 23, batch)
+    )
+    found = validation_loss(image, text, batch, torch.tensor(20.0), torch.tensor(-10.0))
+    assert found == pytest.approx(total.item() / 23, rel=1e-6)
 
 
 def test_errors_say_what_is_wrong():
@@ -163,4 +175,4 @@ def test_errors_say_what_is_wrong():
     with pytest.raises(ValueError, match="3 image rows for 6 text rows: give image_of_text"):
         rowwise_recall(image, text)
     with pytest.raises(ValueError, match="alike and batch positive"):
-        clip_validation_loss(image, text, 1.0, 2)
+        validation_loss(image, text, 2, 1.0)

@@ -70,6 +70,13 @@ def test_open_clip_loads_it_with_the_same_embeddings(tmp_path, image):
     )
 
 
+def test_open_clip_loads_the_logit_bias(tmp_path):
+    configuration = config().model_copy(update={"init_logit_bias": -9.0})
+    export_open_clip(build(configuration), configuration, tmp_path / "export")
+    theirs, _, _ = open_clip.create_model_and_transforms(f"local-dir:{tmp_path / 'export'}")
+    assert theirs.logit_bias.item() == -9.0
+
+
 @pytest.mark.parametrize("text", ["clip", "gpt2"])
 def test_an_export_loads_back_here(tmp_path, text):
     model = build(config(text))
