@@ -14,13 +14,13 @@ import open_clip
 import timm
 import torch
 from open_clip.modified_resnet import ModifiedResNet
-from timm.layers import AttentionPool2d
 from timm.models import group_parameters
 from timm.models.convnext import ConvNeXt
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from convclip import schema
+from convclip.models.attention_pool import AttentionPool
 
 Unit = tuple[nn.Module, ...]
 
@@ -233,7 +233,7 @@ def _build_head(trunk: nn.Module, kind: str, embed_dim: int) -> nn.Sequential:
             )
         # The position table has timm's map size for the backbone, as open_clip's, whatever the image size: the pool
         # resamples it. (A table of image_size // 32 would not load into open_clip, nor its weights here.)
-        head.add_module("pool", AttentionPool2d(width, trunk.default_cfg["pool_size"], out_features=embed_dim))
+        head.add_module("pool", AttentionPool(width, trunk.default_cfg["pool_size"], embed_dim))
     if kind != "attention_pool":
         head.add_module("proj", nn.Linear(width if kind == "average_linear" else embed_dim, embed_dim, bias=False))
     return head
