@@ -86,6 +86,10 @@ def test_rebuilding_often_is_bitwise_the_same(table, precision, stage):
         assert once[1] > 0, "the loss scale was meant to overflow at first, so that skipped steps are tested"
 
 
+# Rebuilds after which what is alive is counted.
+COUNTED = (1, 7, 13, 19)
+
+
 def many_rebuilds() -> dict:
     """Counts of hooks and live engines over twenty rebuilds in each stage."""
     from deepspeed import DeepSpeedEngine
@@ -102,6 +106,10 @@ def many_rebuilds() -> dict:
             engine = rebuild_engine(engine, ALL, config, OPTIM, {})
             assert all(torch.equal(before[name], value) for name, value in masters(engine).items())
             train_step(engine, 15 + number)
+            if number not in COUNTED:
+                continue
+            # A rebuild hides from the collector, and so from get_objects, what was alive then.
+            gc.unfreeze()
             gc.collect()
             hooks = sum(
                 len(module._forward_hooks) + len(module._forward_pre_hooks) for module in engine.module.modules()
@@ -118,6 +126,7 @@ def many_rebuilds() -> dict:
 def test_twenty_rebuilds_leave_nothing_behind(tmp_path):
     for stage, counts in run_ranks(1, tmp_path / "counts.pt", many_rebuilds).items():
         hooks, live, elements = zip(*counts, strict=True)
-        assert len(set(hooks[1:])) == 1, f"stage {stage}: hooks {hooks}"
-        assert len(set(live[1:])) == 1, f"stage {stage}: live engines {live}"
-        assert elements[-1] <= 1.01 * elements[1], f"stage {stage}: tensor elements {elements}"
+        assert len(counts) == len(COUNTED)
+        assert len(set(hooks)) == 1, f"stage {stage}: hooks {hooks}"
+        assert len(set(live)) == 1, f"stage {stage}: live engines {live}"
+        assert elements[-1] <= 1.01 * elements[0], f"stage {stage}: tensor elements {elements}"
