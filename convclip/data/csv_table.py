@@ -21,7 +21,8 @@ PROBED_IMAGES = 20
 class CsvTable:
     """The rows of a CSV file as a SampleSource; images are numbered by first appearance, captions by row.
 
-    Relative image paths are relative to the CSV file's folder.
+    Relative image paths are relative to the present folder, as open_clip takes them, or to the CSV file's: where more
+    of the first images are.
 
     Raises:
         UserError: the file or a column is missing, it holds no rows, or none of its first images exists.
@@ -37,7 +38,7 @@ class CsvTable:
             raise UserError(f"{path} holds no rows below its header")
         self.counts = np.array([len(texts) for texts in self.texts], dtype=np.int64)
         self.shard = np.zeros(len(self.images), dtype=np.int32)
-        self._probe()
+        self.folder = self._find_folder()
 
     def describe(self) -> str:
         """One line for the log."""
@@ -60,7 +61,7 @@ class CsvTable:
             raise BrokenSample(f"{self.name(image)}: {reason}") from None
 
     def _locate(self, image: int) -> Path:
-        return Path(self.path).parent / self.images[image]
+        return self.folder / self.images[image]
 
     def _read(self, data: Data) -> None:
         # surrogateescape: a caption in another encoding breaks its own row when it is read, not the file.
@@ -95,13 +96,17 @@ class CsvTable:
             self.texts[image].append(fields[data.csv_caption_key] or "")
             self.rows[image].append(row)
 
-    def _probe(self) -> None:
-        probed = range(min(PROBED_IMAGES, len(self.images)))
-        if not any(self._locate(image).is_file() for image in probed):
+    def _find_folder(self) -> Path:
+        """The folder that relative image paths are relative to."""
+        first = self.images[:PROBED_IMAGES]
+        here, beside = Path.cwd(), Path(self.path).resolve().parent
+        found = {folder: sum((folder / image).is_file() for image in first) for folder in (here, beside)}
+        if not any(found.values()):
             raise UserError(
-                f"none of the first {len(probed)} images of {self.path} exists, the first is {self._locate(0)}: "
-                "relative paths are relative to the CSV file's folder"
+                f"none of the first {len(first)} images of {self.path} exists, the first is {first[0]}: relative paths "
+                f"are relative to the present folder or to the CSV file's"
             )
+        return max(found, key=found.get)
 
 
 def _separator(separator: str) -> str:

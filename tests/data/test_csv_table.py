@@ -32,6 +32,14 @@ def test_rows_of_a_path_are_one_image(folder):
     assert table.name(0) == "t.csv:images/2.jpg"
 
 
+def test_relative_paths_may_start_in_the_present_folder(folder, monkeypatch):
+    text = f"filepath,title\nimages/1.jpg,x\n{folder}/images/0.jpg,y\n"
+    (folder / "elsewhere").mkdir()
+    monkeypatch.chdir(folder)
+    for table in (_table(folder, text), _table(folder / "elsewhere", text)):
+        assert table.read_image(0) == noise_jpeg(1) and table.read_image(1) == noise_jpeg(0)
+
+
 def test_columns_and_separator(folder):
     text = "caption\timage\tother\nx\timages/1.jpg\ty\n"
     for separator in ("\t", "\\t"):
