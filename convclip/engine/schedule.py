@@ -38,14 +38,23 @@ class LearningRates:
 
     def __init__(self, recipe: Recipe, total_steps: int, starts: Mapping[str, int]) -> None:
         """`starts`: the step at which a group was opened by an unfreeze event, by its name."""
-        self.total_steps, self.starts = total_steps, starts
+        self.recipe, self.total_steps, self.starts = recipe, total_steps, starts
         self.peak, self.warmup = peak_lr(recipe), warmup_steps(recipe, total_steps)
-        self.new_warmup = recipe.freezing.new_warmup_steps
 
     def set(self, step: int, groups: Iterable[dict[str, Any]]) -> None:
         """Write `lr` of the optimizer's `groups` for the update after `step` others."""
         lr = lr_at(step, self.total_steps, self.warmup, self.peak)
+        new_warmup = self.recipe.freezing.new_warmup_steps
         for group in groups:
             start = self.starts.get(group["name"])
-            ramp = 1.0 if start is None else group_warmup(step, start, self.new_warmup)
+            ramp = 1.0 if start is None else group_warmup(step, start, new_warmup)
             group["lr"] = lr * group["lr_scale"] * ramp
+
+    def describe(self) -> str:
+        """The peak and where it comes from, in one line."""
+        optim, batch = self.recipe.optim, self.recipe.batch.global_
+        root = "the square root of " if optim.scale_lr_with_batch == "sqrt" else ""
+        scaled = f" = {optim.lr:g} x {root}(global batch {batch} / {optim.reference_batch})"
+        if optim.scale_lr_with_batch == "none":
+            scaled = ""
+        return f"peak lr {self.peak:g}{scaled}, {self.warmup} warm-up steps"

@@ -305,6 +305,7 @@ class Trainer:
             f"{micro * self.micro_batches * world_size()}; {self.loader.steps_per_epoch} steps per epoch, "
             f"{self.total_steps} in all"
         )
+        logger.info(self.rates.describe())
 
     def _look_at_engine(self) -> None:
         """What a stage fixes: where the logit scale's master lies, and how much of the towers is frozen."""
