@@ -25,6 +25,7 @@ from torch import Tensor, nn
 
 from convclip.config import UserError
 from convclip.distributed import barrier, gather_objects, is_main, rank
+from convclip.engine.meters import on_accelerator
 from convclip.engine.rebuild import OptimizerSnapshot, restore_snapshot, take_snapshot
 from convclip.engine.shards import is_replicated, optimizer_shards
 
@@ -210,7 +211,7 @@ def _save_rank(engine: DeepSpeedEngine, path: Path) -> None:
     shards = optimizer_shards(engine)
     tensors = {f"buffer/{name}": value.detach().cpu().contiguous() for name, value in _buffers(engine.module).items()}
     tensors["random/cpu"] = torch.get_rng_state()
-    if get_accelerator().device_name() != "cpu":
+    if on_accelerator():
         tensors["random/device"] = get_accelerator().get_rng_state().cpu()
     if rank() == 0 or not is_replicated(engine):
         for index, (master, adam) in enumerate(zip(snapshot.masters, snapshot.states, strict=True)):

@@ -105,6 +105,16 @@ def reached_stages(model: nn.Module, recipe: Recipe, steps_per_epoch: int | None
     return [stage for stage in stages if stage.start(steps_per_epoch) < total]
 
 
+def event_starts(stages: Iterable[Stage], steps_per_epoch: int) -> dict[str, int]:
+    """The step at which each group that an unfreeze event opens begins to train, by the group's name."""
+    return {
+        group.name: stage.start(steps_per_epoch)
+        for stage in stages
+        for group in stage.opened
+        if group.event is not None
+    }
+
+
 def _by_time(events: Iterable[Unfreeze]) -> list[tuple[tuple[int | None, int | None], list[tuple[int, Unfreeze]]]]:
     """Events with their place in the recipe, gathered by time, earliest first."""
     numbered = list(enumerate(events))

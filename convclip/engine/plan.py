@@ -14,8 +14,8 @@ import torch
 from convclip.config import UserError
 from convclip.engine.frozen import storable
 from convclip.engine.memory import format_memory, plan_memory
-from convclip.engine.parameter_groups import Stage, reached_stages, training_stages
-from convclip.engine.schedule import group_warmup, lr_at, peak_lr, warmup_steps
+from convclip.engine.parameter_groups import Stage, describe_amount, event_starts, reached_stages, training_stages
+from convclip.engine.schedule import LearningRates, peak_lr, warmup_steps
 from convclip.models import build_model
 from convclip.models.layer_groups import parameter_counts
 from convclip.models.video_student import with_video_head
@@ -156,9 +156,8 @@ def _epoch_of(step: int, steps_per_epoch: int | None) -> int | None:
 
 
 def _describe(event: Unfreeze) -> str:
-    amount = "all" if event.all else f"last {event.groups or event.layers} {'groups' if event.groups else 'layers'}"
     when = f"step {event.step}" if event.step is not None else f"epoch {event.epoch}"
-    return f"{event.tower} {amount} at {when}"
+    return f"{event.tower} {describe_amount(event)} at {when}"
 
 
 def _notes(recipe: Recipe, stages: list[Stage], reached: list[Stage]) -> list[str]:
@@ -173,17 +172,13 @@ def _notes(recipe: Recipe, stages: list[Stage], reached: list[Stage]) -> list[st
 def _lr_curve(recipe: Recipe, stages: list[Stage], steps_per_epoch: int, total: int) -> dict[str, Any]:
     """lr of each group at some steps; None before a group is opened."""
     steps = sorted({*range(0, total, max(1, total // CURVE_POINTS)), total - 1})
-    warmup, peak = warmup_steps(recipe, total), peak_lr(recipe)
+    rates = LearningRates(recipe, total, event_starts(stages, steps_per_epoch))
     curve: dict[str, list[float | None]] = {}
     for stage in stages:
         start = stage.start(steps_per_epoch)
         for group in stage.opened:
-            length = recipe.freezing.new_warmup_steps if group.event is not None else 0
             curve[group.name] = [
-                lr_at(step, total, warmup, peak) * group.lr_scale * group_warmup(step, start, length)
-                if step >= start
-                else None
-                for step in steps
+                rates.at(step, group.name, group.lr_scale) if step >= start else None for step in steps
             ]
     events = [
         {"step": stage.start(steps_per_epoch), "label": _describe(event)} for stage in stages for event in stage.events

@@ -22,7 +22,7 @@ from convclip.engine.evaluations import open_evaluation
 from convclip.engine.extraction import PRECISIONS, expected_store, initial_model
 from convclip.engine.frozen import FrozenWork, recipe_views
 from convclip.engine.inputs import InputSource
-from convclip.engine.meters import logger
+from convclip.engine.meters import logger, on_accelerator
 from convclip.engine.objective import Objective, VideoObjective
 from convclip.engine.run_folder import open_run_folder
 from convclip.engine.trainer import Trainer
@@ -89,7 +89,7 @@ def open_inputs(
         rank(),
         world_size(),
         recipe.seed,
-        pin_memory=get_accelerator().device_name() != "cpu",
+        pin_memory=on_accelerator(),
         views=recipe_views(recipe),
         teacher_tokenizer=teacher.tokenizer if teacher else None,
         stored=stored,

@@ -43,12 +43,15 @@ class LearningRates:
 
     def set(self, step: int, groups: Iterable[dict[str, Any]]) -> None:
         """Write `lr` of the optimizer's `groups` for the update after `step` others."""
-        lr = lr_at(step, self.total_steps, self.warmup, self.peak)
-        new_warmup = self.recipe.freezing.new_warmup_steps
         for group in groups:
-            start = self.starts.get(group["name"])
-            ramp = 1.0 if start is None else group_warmup(step, start, new_warmup)
-            group["lr"] = lr * group["lr_scale"] * ramp
+            group["lr"] = self.at(step, group["name"], group["lr_scale"])
+
+    def at(self, step: int, name: str, lr_scale: float) -> float:
+        """lr of the group `name` for the update after `step` others."""
+        lr = lr_at(step, self.total_steps, self.warmup, self.peak) * lr_scale
+        if name not in self.starts:
+            return lr
+        return lr * group_warmup(step, self.starts[name], self.recipe.freezing.new_warmup_steps)
 
     def describe(self) -> str:
         """The peak and where it comes from, in one line."""

@@ -20,6 +20,7 @@ from deepspeed.accelerator import get_accelerator
 from torch import Tensor
 
 from convclip.engine.inputs import Inputs
+from convclip.engine.meters import on_accelerator
 
 Losses: TypeAlias = dict[str, Tensor]
 # (image features, text features, logit scale, the micro batches they come from) -> losses by name, `total` among them.
@@ -36,7 +37,7 @@ class RandomState:
     @classmethod
     def now(cls) -> RandomState:
         """The present state."""
-        on_device = get_accelerator().device_name() != "cpu"
+        on_device = on_accelerator()
         return cls(torch.get_rng_state(), get_accelerator().get_rng_state() if on_device else None)
 
     def restore(self) -> None:

@@ -30,7 +30,7 @@ from convclip.engine.inputs import Inputs, InputSource
 from convclip.engine.memory import check_estimate
 from convclip.engine.meters import LossWatch, RunLog, StepClock, clock, logger, memory_gib, on_accelerator
 from convclip.engine.objective import Objective, VideoObjective
-from convclip.engine.parameter_groups import describe_amount, training_stages
+from convclip.engine.parameter_groups import describe_amount, event_starts, reached_stages, training_stages
 from convclip.engine.rebuild import build_engine, dismantle, rebuild_engine
 from convclip.engine.schedule import LearningRates
 from convclip.engine.shards import clamp_parameter, optimizer_shards
@@ -67,13 +67,7 @@ class Trainer:
         self.step, self.stage, self.best = 0, 0, {}
         self.stages = training_stages(model, recipe)
         self.starts = [stage.start(loader.steps_per_epoch) for stage in self.stages]
-        opened = {
-            group.name: start
-            for stage, start in zip(self.stages, self.starts, strict=True)
-            for group in stage.opened
-            if group.event is not None
-        }
-        self.rates = LearningRates(recipe, self.total_steps, opened)
+        self.rates = LearningRates(recipe, self.total_steps, event_starts(self.stages, loader.steps_per_epoch))
         self._start_engine(model, checkpoint)
 
     def fit(self) -> dict[str, Any]:
@@ -123,7 +117,7 @@ class Trainer:
         """On an accelerator, find out before the data starts whether a step of the run's largest stage fits."""
         if not on_accelerator() or self.recipe.video is not None:
             return
-        now, self.stage = self.stage, max(n for n, start in enumerate(self.starts) if start < self.total_steps)
+        now, self.stage = self.stage, len(reached_stages(model, self.recipe, self.loader.steps_per_epoch)) - 1
         stage = self.stages[self.stage]
         self.engine = build_engine(model, stage.groups, self.ds_config, self.recipe.optim, self.fp32_values)
         self._look_at_engine()

@@ -5,12 +5,12 @@ from __future__ import annotations
 from pathlib import Path
 
 import torch
-from deepspeed.accelerator import get_accelerator
 
 from convclip.data.features import FeatureStore
 from convclip.data.loader import EpochLoader
 from convclip.data.video_loader import VideoBatches, VideoRows, open_frame_store, open_split, word_tokenizer
 from convclip.distributed import rank, world_size
+from convclip.engine.meters import on_accelerator
 from convclip.engine.video_extraction import towers_identity, towers_work
 from convclip.engine.video_inputs import VideoSource
 from convclip.engine.video_teachers import STUDENT_FRAMES, open_teachers
@@ -46,6 +46,6 @@ def open_video_inputs(
         rank(),
         world_size(),
         recipe.seed,
-        pin_memory=get_accelerator().device_name() != "cpu",
+        pin_memory=on_accelerator(),
     )
     return loader, VideoSource(recipe, device, dtype, split, open_teachers(recipe, split, device), store)
