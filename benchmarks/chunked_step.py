@@ -39,7 +39,7 @@ from convclip.engine.rebuild import build_engine
 from convclip.engine.steps import chunked_step
 from convclip.losses.contrastive import clip_loss
 from convclip.models import build_model
-from convclip.models.layer_groups import frozen_image_boundary
+from convclip.models.layer_groups import frozen_cut
 from convclip.schema import Recipe
 
 SIDES = ("convclip", "open_clip")
@@ -90,14 +90,13 @@ def our_step(options: argparse.Namespace, recipe: Recipe, losses: list[float]) -
         "zero_force_ds_cpu_optimizer": False,
     }
     engine = build_engine(model, stage.groups, config, recipe.optim, {})
-    boundary = frozen_image_boundary(model, stage.trainable)
-    text_is_frozen = "text" in recipe.freezing.lock
+    frozen = frozen_cut(model, stage.trainable)
     images, texts = make_batch(options)
     ids = torch.arange(options.chunk)
 
     def chunks() -> Iterator[Inputs]:
         for image, text in zip(images.split(options.chunk), texts.split(options.chunk), strict=True):
-            yield Inputs(image.clone(), 0, text, ids)
+            yield Inputs(image.clone(), text, ids)
 
     def step() -> None:
         for group in engine.optimizer.param_groups:
@@ -106,8 +105,7 @@ def our_step(options: argparse.Namespace, recipe: Recipe, losses: list[float]) -
             engine,
             chunks(),
             lambda image, text, scale, _: {"total": clip_loss(image, text, scale)},
-            boundary,
-            text_is_frozen,
+            frozen,
             recipe.batch.keep_frozen_gib * 2**30,
         )
         losses.append(found["total"].item())

@@ -129,7 +129,7 @@ class Batch(Section):
     global_: int = Field(384, alias="global", gt=0)
     accumulation: int = Field(1, gt=0)
     micro: int | None = Field(None, gt=0)
-    # A chunked step keeps what the frozen part of the image tower gave, up to this much, instead of running it twice.
+    # A chunked step keeps what the frozen parts of the towers gave, up to this much, instead of running them twice.
     keep_frozen_gib: float = Field(4.0, ge=0)
 
     @model_validator(mode="after")

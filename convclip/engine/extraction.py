@@ -25,7 +25,7 @@ from convclip.engine.frozen import FrozenWork, frozen_work, recipe_views, store_
 from convclip.engine.launcher import start_processes
 from convclip.engine.parameter_groups import reached_stages
 from convclip.models import build_model
-from convclip.models.dual_tower import DualTower
+from convclip.models.dual_tower import Cut, DualTower
 from convclip.models.reference_head import load_reference_head
 from convclip.models.teacher import Teacher
 from convclip.models.video_student import with_video_head
@@ -83,7 +83,8 @@ class Extraction:
         self.batch, self.workers = recipe.evaluation.batch, recipe.data.workers
         size = recipe.model.image.image_size
         with torch.no_grad():
-            shape = self.model(torch.zeros(1, 3, size, size, device=self.device), stop=self.work.boundary).shape[1:]
+            image_map, _ = self.model(torch.zeros(1, 3, size, size, device=self.device), stop=Cut(self.work.boundary))
+        shape = tuple(image_map.shape[1:])
         self.arrays = self.work.arrays(recipe, shape, dtype, self.teacher.width if self.teacher else 0)
 
     def open_data(self) -> EvaluationSet:
@@ -121,9 +122,10 @@ class Extraction:
         rows = {}
         if self.work.boundary:
             tower = self.recipe.model.image
-            rows["image_map"] = self.model(
-                normalize(pixels, tower.mean, tower.std, self.dtype), stop=self.work.boundary
-            ).cpu()
+            image_map, _ = self.model(
+                normalize(pixels, tower.mean, tower.std, self.dtype), stop=Cut(self.work.boundary)
+            )
+            rows["image_map"] = image_map.cpu()
         if self.teacher is not None:
             rows["teacher_image"] = self.teacher.encode_image(pixels).cpu()
         return rows

@@ -16,8 +16,8 @@ from convclip.data.feature_format import ArraySpec, estimate
 from convclip.data.features import state_dict_sha256
 from convclip.data.transforms import EvalTransform, TrainTransform, Views
 from convclip.engine.parameter_groups import Stage
-from convclip.models.dual_tower import DualTower
-from convclip.models.layer_groups import frozen_image_boundary, layer_groups
+from convclip.models.dual_tower import Cut, DualTower
+from convclip.models.layer_groups import frozen_cut, layer_groups
 from convclip.models.teacher import weights_sha256
 from convclip.schema import Recipe, UserError
 
@@ -62,7 +62,7 @@ def frozen_work(model: DualTower, recipe: Recipe, stages: list[Stage]) -> Frozen
     The boundary lies before everything that an event opens, so that one store serves all stages; where an event opens
     the whole image tower, it lies before what was opened until then, and that last stage runs live.
     """
-    boundaries = [frozen_image_boundary(model, stage.trainable) for stage in stages]
+    boundaries = [frozen_cut(model, stage.trainable).image for stage in stages]
     if recipe.head_alignment is not None:
         # The reference head reads the map before the trunk's final norm.
         boundaries = [min(boundary, model.visual.map_boundary) for boundary in boundaries]
@@ -120,7 +120,8 @@ def storable(model: DualTower, recipe: Recipe, stages: list[Stage]) -> list[str]
     if work.boundary:
         device = next(model.parameters()).device
         with torch.no_grad():
-            shape = tuple(model(torch.zeros(1, 3, size, size, device=device), stop=work.boundary).shape[1:])
+            image_map, _ = model(torch.zeros(1, 3, size, size, device=device), stop=Cut(work.boundary))
+        shape = tuple(image_map.shape[1:])
     width = _teacher_width(recipe)
     arrays = work.arrays(recipe, shape, torch.bfloat16, width)
     items = _expected_items(recipe)

@@ -15,18 +15,21 @@ from torch import Tensor
 from convclip.data.features import FeatureStore, view_ids
 from convclip.data.transforms import normalize
 from convclip.engine.frozen import FrozenWork
+from convclip.models.dual_tower import INPUT, Cut
 from convclip.models.teacher import Teacher
+from convclip.models.text_tower import TextPrefix
 from convclip.schema import Recipe
 
 
 @dataclass(frozen=True)
 class Inputs:
-    """A micro batch. `image` is pixels [B, 3, S, S] at boundary 0, else what enters layer group `boundary`."""
+    """A micro batch. `image` and `text` are what enters the towers at `cut`: at first pixels [B, 3, S, S] and token ids
+    [B, T]."""
 
     image: Tensor
-    boundary: int
-    text: Tensor | None
+    text: Tensor | TextPrefix | None
     image_id: Tensor
+    cut: Cut = INPUT
     # Unit-length embeddings [B, D] of a locked text tower, in place of `text`.
     text_embedding: Tensor | None = None
     # Unit-length image and text embeddings [B, E] of the teacher.
@@ -36,11 +39,20 @@ class Inputs:
 
     def model_inputs(self, without_text: bool = False) -> tuple[Any, ...]:
         """Arguments of DualTower.forward."""
-        return self.image, None if without_text else self.text, self.boundary
+        return self.image, None if without_text else self.text, self.cut
 
-    def with_prefix(self, features: Tensor, boundary: int) -> Inputs:
-        """The same batch, its pictures replaced by what the frozen part of the tower made of them."""
-        return replace(self, image=features, boundary=boundary)
+    def up_to(self, stop: Cut) -> tuple[Tensor | None, Tensor | TextPrefix | None]:
+        """(image, text) that have to run to get to `stop`; None for a tower that is there already."""
+        return self.image if stop.image > self.cut.image else None, self.text if stop.text > self.cut.text else None
+
+    def entering(self, tower: str, value: Tensor | TextPrefix, stop: Cut) -> Inputs:
+        """The same batch with `value`, which enters `tower` (image or text) at `stop`."""
+        return replace(self, **{tower: value}, cut=self.cut._replace(**{tower: getattr(stop, tower)}))
+
+    def nbytes(self, tower: str) -> int:
+        """Bytes of what enters `tower` (image or text)."""
+        value = getattr(self, tower)
+        return value.nbytes if isinstance(value, Tensor) else sum(part.nbytes for part in value)
 
     def with_reference(self, reference: Tensor | None = None) -> Inputs:
         """The same batch with the reference head's embeddings."""
@@ -65,10 +77,10 @@ class InputSource:
         self.teacher_is_on = recipe.teacher is not None
         self.stored_image = self.stored_text = False
 
-    def enter_stage(self, frozen_boundary: int, trainable: set[str]) -> None:
-        """Decide what is read from the store in a stage that trains `trainable`, none below `frozen_boundary`."""
+    def enter_stage(self, frozen: Cut, trainable: set[str]) -> None:
+        """Decide what is read from the store in a stage that trains `trainable`, none below `frozen`."""
         text_is_frozen = not any(name.startswith("text.") for name in trainable)
-        self.stored_image = self.store is not None and 0 < self.work.boundary <= frozen_boundary
+        self.stored_image = self.store is not None and 0 < self.work.boundary <= frozen.image
         self.stored_text = self.store is not None and self.work.text and text_is_frozen
 
     @property
@@ -97,9 +109,9 @@ class InputSource:
             image = normalize(pixels, tower.mean, tower.std, self.dtype)
         return Inputs(
             image,
-            self.work.boundary if self.stored_image else 0,
             text,
             self._to_device(image_id),
+            Cut(self.work.boundary) if self.stored_image else INPUT,
             self._to_device(self.store.read("text_embedding", caption_id)) if self.stored_text else None,
             self._teacher(batch, pixels, views),
         )

@@ -21,8 +21,8 @@ from torch.utils._pytree import tree_leaves
 
 from convclip.engine.parameter_groups import Stage
 from convclip.models import build_model
-from convclip.models.dual_tower import DualTower
-from convclip.models.layer_groups import frozen_image_boundary
+from convclip.models.dual_tower import INPUT, DualTower
+from convclip.models.layer_groups import frozen_cut
 from convclip.schema import Recipe
 
 GIB = 2**30
@@ -53,23 +53,22 @@ class StageMemory:
     # fp32 copies that only the optimizer's step needs, when activations are gone.
     step_copies: int
     row: float
-    # Per row of the frozen part's maps, where they stand for pictures between a chunked step's two passes.
-    picture: int
-    map: int
+    # Per row of what enters the towers, and of what a chunked step keeps of their frozen parts in its place.
+    input: int
+    kept: int
 
     def parts(self, micro: int) -> dict[str, float]:
         """Bytes by part with `micro` rows run at a time."""
         batch = self.recipe.batch
         # A chunked step has inputs, features and logits of all of the rank's rows, another those of a micro batch.
         rows = batch.global_ // self.world if batch.micro else micro
-        beyond = max(self.map - self.picture, 0) * rows
-        inputs = rows * min(self.map, self.picture) + min(beyond, batch.keep_frozen_gib * GIB)
+        beyond = max(self.kept - self.input, 0) * rows
         return {
             "weights": self.weights,
             "gradients": self.gradients,
             "optimizer": self.optimizer,
             "activations": self.row * min(micro, rows),
-            "inputs": inputs + rows * 8 * self.recipe.model.text.context_length,
+            "inputs": rows * min(self.kept, self.input) + min(beyond, batch.keep_frozen_gib * GIB),
             "loss": loss_bytes(self.recipe, rows, self.world),
         }
 
@@ -156,9 +155,6 @@ class LiveBytes(TorchDispatchMode):
         self._alive = {tensor.untyped_storage()._cdata for tensor in known}
 
     def __torch_dispatch__(self, func: Any, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
-        if func is torch.ops.aten._local_scalar_dense.default and args[0].is_meta:
-            # transformers asks whether several captions share a row. Nothing has values here; the answer is "no".
-            return True
         result = func(*args, **(kwargs or {}))
         for tensor in tree_leaves(result):
             if isinstance(tensor, Tensor):
@@ -200,7 +196,7 @@ def stage_memory(
     splits = zero_stage == 3 or (zero_stage == 2 and not recipe.batch.micro)
     # Adam's two moments, and the fp32 masters that only plain fp32 training does without.
     numbers = 2 if size == 4 and zero_stage == 0 else 3
-    picture = 3 * recipe.model.image.image_size**2 * size
+    entering, kept = input_bytes(model, recipe, stage)
     return StageMemory(
         recipe,
         world,
@@ -209,8 +205,8 @@ def stage_memory(
         optimizer=0 if offloaded else 4 * numbers * shard,
         step_copies=0 if offloaded or numbers == 2 else 4 * shard,
         row=activations_per_row(model, recipe, stage),
-        picture=picture,
-        map=map_bytes(model, recipe, stage) or picture,
+        input=entering,
+        kept=kept,
     )
 
 
@@ -244,14 +240,17 @@ def longest_captions(recipe: Recipe, rows: int) -> Tensor:
     return tokens
 
 
-def map_bytes(model: DualTower, recipe: Recipe, stage: Stage) -> int:
-    """Bytes per row of what a chunked step keeps of the frozen part of the image tower; 0 where it keeps nothing."""
-    boundary = frozen_image_boundary(model, stage.trainable)
-    if not (boundary and recipe.batch.micro and recipe.batch.keep_frozen_gib):
-        return 0
-    side = recipe.model.image.image_size
+def input_bytes(model: DualTower, recipe: Recipe, stage: Stage) -> tuple[int, int]:
+    """Bytes per row of (pictures and token ids, what a chunked step keeps of the towers' frozen parts in their place).
+
+    Where it keeps nothing, the two are the same.
+    """
+    cut = frozen_cut(model, stage.trainable) if recipe.batch.micro else INPUT
+    side, dtype = recipe.model.image.image_size, next(model.parameters()).dtype
+    inputs = torch.empty(1, 3, side, side, dtype=dtype, device="meta"), longest_captions(recipe, 1)
     with torch.no_grad():
-        return model.visual.forward_prefix(torch.empty(1, 3, side, side, device="meta"), boundary).nbytes
+        kept = model(*inputs, stop=cut)
+    return sum(x.nbytes for x in inputs), sum(x.nbytes for x in tree_leaves(kept))
 
 
 def loss_bytes(recipe: Recipe, rows: int, world: int) -> float:

@@ -21,6 +21,7 @@ from torch import Tensor
 
 from convclip.engine.inputs import Inputs
 from convclip.engine.meters import on_accelerator
+from convclip.models.dual_tower import Cut
 
 Losses: TypeAlias = dict[str, Tensor]
 # (image features, text features, logit scale, the micro batches they come from) -> losses by name, `total` among them.
@@ -65,48 +66,41 @@ def accumulated_step(
 
 
 def chunked_step(
-    engine: DeepSpeedEngine,
-    chunks: Iterable[Inputs],
-    loss_of: LossOf,
-    frozen_boundary: int,
-    text_is_frozen: bool,
-    keep_bytes: float,
+    engine: DeepSpeedEngine, chunks: Iterable[Inputs], loss_of: LossOf, frozen: Cut, keep_bytes: float
 ) -> tuple[Losses, Tensor]:
     """One optimizer step over `chunks` (as many as the engine accumulates) with one loss for all of them.
 
-    Layer groups of the image tower below `frozen_boundary` hold nothing that trains; their output is kept for the
-    second pass while what it takes beyond the input that it replaces fits `keep_bytes` (0: not kept). Returns (losses,
-    exp(logit_scale)).
+    Nothing below `frozen` trains; what the towers make of a chunk up to there is kept for the second pass while what
+    it takes beyond the input that it replaces fits what is left of `keep_bytes`. Returns (losses, exp(logit_scale)).
     """
     last = engine.gradient_accumulation_steps() - 1
     kept: list[Inputs] = []
     states, images, texts = [], [], []
     with torch.no_grad():
         for number, chunk in enumerate(chunks):
-            if frozen_boundary > chunk.boundary and keep_bytes > 0:
-                features = engine(chunk.image, None, chunk.boundary, frozen_boundary)
-                keep_bytes -= features.nbytes - chunk.image.nbytes
-                chunk = chunk.with_prefix(features, frozen_boundary)
+            # What is frozen draws no random numbers, so this is also the state behind it.
             states.append(RandomState.now())
+            chunk, keeps, keep_bytes = _without_frozen(engine, chunk, frozen, keep_bytes)
             with torch.set_grad_enabled(number == last):
                 image, text, scale, *reference = engine(*chunk.model_inputs())
             images.append(image)
             texts.append(chunk.text_embedding if text is None else text)
-            kept.append(chunk.with_reference(*reference))
-        leaves = [torch.cat(images), torch.cat(texts), scale]
+            kept.append(keeps.with_reference(*reference))
+        features = [torch.cat(images), torch.cat(texts), scale]
         # What the second pass must not change: random state, and the running statistics of batch norms.
         after, buffers = RandomState.now(), [buffer.clone() for buffer in engine.module.buffers()]
-    leaves = [leaf.detach().requires_grad_() for leaf in leaves]
+    text_learns = texts[last].requires_grad
+    leaves = [x.detach().requires_grad_(learns) for x, learns in zip(features, (True, text_learns, True), strict=True)]
     losses = loss_of(*leaves, kept)
     losses["total"].backward()
-    image_gradients, text_gradients = (leaf.grad.split(len(image)) for leaf in leaves[:2])
+    image_gradients, text_gradients = (None if x.grad is None else x.grad.split(len(image)) for x in leaves[:2])
     with _one_reduction(engine):
         for number in reversed(range(len(kept))):
             if number != last:
                 states[number].restore()
-                image, text, scale, *_ = engine(*kept[number].model_inputs(without_text=text_is_frozen))
+                image, text, scale, *_ = engine(*kept[number].model_inputs(without_text=not text_learns))
             surrogate = (image * image_gradients[number]).sum() + (scale * leaves[2].grad).sum() / len(kept)
-            if text is not None:
+            if text_learns:
                 surrogate = surrogate + (text * text_gradients[number]).sum()
             engine.set_gradient_accumulation_boundary(number == 0)
             engine.backward(surrogate, scale_wrt_gas=False)
@@ -117,6 +111,23 @@ def chunked_step(
         for buffer, value in zip(engine.module.buffers(), buffers, strict=True):
             buffer.copy_(value)
     return {name: loss.detach() for name, loss in losses.items()}, leaves[2].detach()
+
+
+def _without_frozen(engine: DeepSpeedEngine, chunk: Inputs, frozen: Cut, room: float) -> tuple[Inputs, Inputs, float]:
+    """(the chunk as it enters at `frozen`, what of that may be kept in `room` bytes, what is left of them)."""
+    keeps = chunk
+    below = chunk.up_to(frozen)
+    if all(x is None for x in below):
+        return chunk, chunk, room
+    for tower, value in zip(Cut._fields, engine(*below, chunk.cut, frozen), strict=True):
+        if value is None:
+            continue
+        chunk = chunk.entering(tower, value, frozen)
+        beyond = chunk.nbytes(tower) - keeps.nbytes(tower)
+        if beyond <= room:
+            room -= beyond
+            keeps = keeps.entering(tower, value, frozen)
+    return chunk, keeps, room
 
 
 def _one_reduction(engine: DeepSpeedEngine) -> contextlib.AbstractContextManager:

@@ -37,7 +37,7 @@ from convclip.engine.shards import clamp_parameter, optimizer_shards
 from convclip.engine.steps import accumulated_step, chunked_step
 from convclip.engine.trial import try_full_step
 from convclip.engine.video_inputs import VideoInputs, VideoSource
-from convclip.models.layer_groups import frozen_image_boundary, parameter_counts
+from convclip.models.layer_groups import frozen_cut, parameter_counts
 from convclip.schema import Recipe
 
 
@@ -107,9 +107,7 @@ class Trainer:
             losses, logit_scale = accumulated_step(self.engine, inputs, self.objective, self.micro_batches)
         else:
             keep = self.recipe.batch.keep_frozen_gib * 2**30
-            losses, logit_scale = chunked_step(
-                self.engine, inputs, self.objective, self.frozen_boundary, self.text_is_frozen, keep
-            )
+            losses, logit_scale = chunked_step(self.engine, inputs, self.objective, self.frozen, keep)
         clamp_parameter(self.engine, self.shards, "logit_scale", 0.0, self.recipe.optim.max_logit_scale)
         return losses, logit_scale
 
@@ -305,9 +303,8 @@ class Trainer:
         """What a stage fixes: where the logit scale's master lies, and how much of the towers is frozen."""
         self.shards = optimizer_shards(self.engine)
         trainable = self.stages[self.stage].trainable
-        self.frozen_boundary = frozen_image_boundary(self.engine.module, trainable)
-        self.text_is_frozen = not any(name.startswith("text.") for name in trainable)
-        self.source.enter_stage(self.frozen_boundary, trainable)
+        self.frozen = frozen_cut(self.engine.module, trainable)
+        self.source.enter_stage(self.frozen, trainable)
 
     def _summary(self, seconds: float, steps: int) -> dict[str, Any]:
         samples = steps * self.recipe.batch.global_

@@ -18,6 +18,7 @@ from convclip.data.msrvtt import VideoSplit
 from convclip.data.transforms import normalize
 from convclip.engine.video_teachers import N_FRAMES, STUDENT_FRAMES, STUDENT_TEXT, VideoTeacher, check_captions
 from convclip.losses.teachclip import TeacherTargets
+from convclip.models.dual_tower import Cut
 from convclip.schema import Recipe
 
 
@@ -61,7 +62,7 @@ class VideoSource:
         if store is not None:
             check_captions(store, split)
 
-    def enter_stage(self, frozen_boundary: int, trainable: set[str]) -> None:
+    def enter_stage(self, frozen: Cut, trainable: set[str]) -> None:
         """Decide what is read from the store in a stage that trains these parameters."""
         has = self.store.arrays if self.store is not None else ()
         self.stored_frames = STUDENT_FRAMES in has and not any(name.startswith("visual.") for name in trainable)

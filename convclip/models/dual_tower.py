@@ -5,13 +5,26 @@ Shapes: B batch, C channels and H.W size of images, T tokens, D embed.
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from convclip import schema
 from convclip.models.image_tower import build_image_tower
-from convclip.models.text_tower import build_text_tower
+from convclip.models.text_tower import TextPrefix, build_text_tower
+
+
+class Cut(NamedTuple):
+    """A line across both towers: how many layer groups of each, counted from the input, lie below it."""
+
+    image: int = 0
+    text: int = 0
+
+
+# The line below which lies nothing: what enters there are pictures and token ids.
+INPUT = Cut()
 
 
 class DualTower(nn.Module):
@@ -39,34 +52,44 @@ class DualTower(nn.Module):
         features = self.visual.forward_from(images, boundary) if boundary else self.visual(images)
         return _unit_length(features) if normalize else features
 
-    def encode_text(self, tokens: Tensor, normalize: bool = False) -> Tensor:
-        """Token ids [B, T] (int64) -> embeddings [B, D]; `normalize`: unit length, float32."""
-        features = self.text(tokens)
+    def encode_text(self, tokens: Tensor | TextPrefix, normalize: bool = False, boundary: int = 0) -> Tensor:
+        """Token ids [B, T] (int64) -> embeddings [B, D]; `normalize`: unit length, float32.
+
+        `boundary` > 0: `tokens` is instead what enters layer group `boundary` of the text tower.
+        """
+        features = self.text(tokens, boundary)
         return _unit_length(features) if normalize else features
 
     def forward(
-        self, images: Tensor | None = None, texts: Tensor | None = None, boundary: int = 0, stop: int | None = None
-    ) -> tuple[Tensor | None, ...] | Tensor:
+        self,
+        images: Tensor | None = None,
+        texts: Tensor | TextPrefix | None = None,
+        start: Cut = INPUT,
+        stop: Cut | None = None,
+    ) -> tuple[Tensor | TextPrefix | None, ...]:
         """(image features [B, D], text features [B, D], logit scale [1] or [2]); a tower without input gives None.
 
         Features have unit length; the logit scale is exponentiated, and followed by the logit bias where there is one.
-        `boundary` as in `encode_image`. With `stop`, only what enters layer group `stop` of the image tower is computed
-        and returned. With a `reference` head (see `convclip.models.reference_head`), its embeddings of the same feature
-        map come as a fourth item.
+        Above `INPUT`, `images` and `texts` are what enters the towers at `start`. With `stop`, (images, texts) as they
+        enter there are returned instead. With a `reference` head (see `convclip.models.reference_head`), its embeddings
+        of the same feature map come as a fourth item.
         """
         if stop is not None:
-            return self.visual.forward_between(images, boundary, stop)
+            return (
+                None if images is None else self.visual.forward_between(images, start.image, stop.image),
+                None if texts is None else self.text(texts, start.text, stop.text),
+            )
         # Text first: it reads its longest caption's length, which on an accelerator waits for the work queued so far.
-        text_features = None if texts is None else self.encode_text(texts, normalize=True)
+        text_features = None if texts is None else self.encode_text(texts, normalize=True, boundary=start.text)
         scale = self.logit_scale.float().exp()
         if self.logit_bias is not None:
             scale = torch.cat([scale, self.logit_bias.float()])
         if self.reference is None:
-            image_features = None if images is None else self.encode_image(images, normalize=True, boundary=boundary)
+            image_features = None if images is None else self.encode_image(images, normalize=True, boundary=start.image)
             return image_features, text_features, scale
         if images is None:
             return None, text_features, scale, None
-        features = self.visual.forward_between(images, boundary, self.visual.map_boundary)
+        features = self.visual.forward_between(images, start.image, self.visual.map_boundary)
         image_features = self.visual.forward_from(features, self.visual.map_boundary)
         return _unit_length(image_features), text_features, scale, _unit_length(self.reference(features.detach()))
 

@@ -12,7 +12,7 @@ from collections.abc import Collection
 
 from timm.models import group_parameters
 
-from convclip.models.dual_tower import DualTower
+from convclip.models.dual_tower import Cut, DualTower
 from convclip.models.image_tower import ImageTower
 from convclip.schema import UserError
 
@@ -74,13 +74,15 @@ def unlocked_names(
     return [name for group in ordered[-count:] for name in group]
 
 
-def frozen_image_boundary(model: DualTower, trainable: Collection[str]) -> int:
-    """The highest boundary of the image tower below which nothing trains, and which the reference head can share."""
+def frozen_cut(model: DualTower, trainable: Collection[str]) -> Cut:
+    """The highest line below which nothing trains, and whose feature map the reference head can share."""
     wanted = set(trainable)
-    groups = layer_groups(model, "image")
-    frozen = next((i for i, group in enumerate(groups) if not wanted.isdisjoint(group)), len(groups))
-    highest = frozen if model.reference is None else min(frozen, model.visual.map_boundary)
-    return max(boundary for boundary in model.visual.boundaries if boundary <= highest)
+    frozen = {}
+    for tower in Cut._fields:
+        groups = layer_groups(model, tower)
+        frozen[tower] = next((i for i, group in enumerate(groups) if not wanted.isdisjoint(group)), len(groups))
+    highest = frozen["image"] if model.reference is None else min(frozen["image"], model.visual.map_boundary)
+    return Cut(max(boundary for boundary in model.visual.boundaries if boundary <= highest), frozen["text"])
 
 
 def parameter_counts(model: DualTower, trainable: Collection[str]) -> dict[str, int]:

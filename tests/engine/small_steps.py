@@ -25,7 +25,7 @@ from convclip.engine.steps import RandomState, chunked_step
 from convclip.losses.contrastive import clip_loss, siglip_loss
 from convclip.models import build_model
 from convclip.models.dual_tower import DualTower
-from convclip.models.layer_groups import frozen_image_boundary
+from convclip.models.layer_groups import frozen_cut
 from convclip.schema import Recipe
 
 BATCH, CHUNK, STEPS, LR = 16, 4, 4, 2e-2
@@ -45,9 +45,10 @@ def small_recipe(
     freezing: dict[str, Any] | None = None,
     backbone: str = "test_convnext",
     sigmoid: bool = False,
+    text_kind: str = "clip",
 ) -> Recipe:
     image = {"backbone": backbone, "image_size": 32, "drop_path": drop_path, "head": "average_linear"}
-    text = {"width": 32, "heads": 2, "layers": 2, "context_length": 12, "vocab_size": 50}
+    text = {"kind": text_kind, "width": 32, "heads": 2, "layers": 2, "context_length": 12, "vocab_size": 50}
     # A large eps: Adam divides by the gradient's size, which would make rounding of tiny gradients visible.
     values = {"model": {"embed_dim": 16, "image": image, "text": text}, "optim": {"eps": 1e-3, "clip_grad_norm": 0.5}}
     values["batch"] = {"global": BATCH, "micro": CHUNK}
@@ -140,7 +141,7 @@ def chunks(step: int, size: int, dtype: torch.dtype) -> Iterator[Inputs]:
     share = torch.arange(BATCH).chunk(world_size())[rank()]
     images, texts, ids = rows(step)
     for part in share.split(size):
-        yield Inputs(images[part].to(dtype), 0, texts[part], ids[part])
+        yield Inputs(images[part].to(dtype), texts[part], ids[part])
 
 
 def loss_of(image: Tensor, text: Tensor, scale: Tensor, batches: list[Inputs]) -> dict[str, Tensor]:
@@ -183,12 +184,7 @@ def chunked_run(
 
 
 def take_chunked_step(engine: Any, stage: Stage, keep: float, inputs: Iterator[Inputs]) -> None:
-    chunked_step(engine, inputs, loss_of, *frozen(engine.module, stage), keep)
-
-
-def frozen(model: DualTower, stage: Stage) -> tuple[int, bool]:
-    """(boundary below which the image tower is frozen, is the text tower) of a stage."""
-    return frozen_image_boundary(model, stage.trainable), not any(n.startswith("text.") for n in stage.trainable)
+    chunked_step(engine, inputs, loss_of, frozen_cut(engine.module, stage.trainable), keep)
 
 
 def masters(engine: Any, like: dict[str, Tensor]) -> dict[str, Tensor]:

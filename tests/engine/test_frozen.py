@@ -14,6 +14,7 @@ from convclip.config import load_recipe
 from convclip.engine.frozen import storable
 from convclip.engine.parameter_groups import reached_stages
 from convclip.models import build_model
+from convclip.models.dual_tower import INPUT
 from convclip.schema import UserError
 from tests.engine.frozen_run import EVENTS, OPEN_ALL, call_script, make_frozen_files, make_recipe, overrides, train
 from tests.engine.small_engine import run_ranks
@@ -90,7 +91,7 @@ def teacher_logits(files: Path, folder: Path) -> float:
         for path in (None, store / "features.h5"):
             recipe = make_recipe(files, features__views=3, head_alignment=ALIGN)
             loader, source = open_inputs(recipe, device, torch.float32, path)
-            source.enter_stage(0, {"text.ln_final.weight"})
+            source.enter_stage(INPUT, {"text.ln_final.weight"})
             batches = [source(batch, epoch) for batch in loader.epoch(epoch)]
             logits.append([source.teacher_scale * batch.teacher[0] @ batch.teacher[1].T for batch in batches])
         difference = max(difference, *((a - b).abs().max().item() for a, b in zip(*logits, strict=True)))
@@ -145,7 +146,7 @@ def nothing_frozen_runs(files: Path, folder: Path) -> int:
     class Guarded(run.Trainer):
         def _look_at_engine(self) -> None:
             super()._look_at_engine()
-            model, boundary = self.engine.module, self.frozen_boundary
+            model, boundary = self.engine.module, self.frozen.image
             assert boundary == 11
             for unit in model.visual.units()[:boundary]:
                 for module in unit:

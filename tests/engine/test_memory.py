@@ -62,8 +62,7 @@ def with_model(recipe: Recipe, checkpointing: bool = False, **image: Any) -> Rec
 def test_activations_are_what_a_real_step_allocates(freezing, checkpointing):
     recipe = with_model(small_recipe(freezing=freezing), checkpointing, image_size=64)
     stage = training_stages(build_model(recipe.model), recipe)[0]
-    with torch.device("meta"):
-        estimate = activations_per_row(build_model(recipe.model), recipe, stage)
+    estimate = activations_per_row(build_meta(recipe), recipe, stage)
     model = build_model(recipe.model)
     for name, parameter in model.named_parameters():
         parameter.requires_grad_(name in stage.trainable)
@@ -180,7 +179,7 @@ def try_step(engine: Any, recipe: Recipe, stage: Stage, config: dict[str, Any], 
 
     def step_on_batches(batches: Iterator[dict[str, Any]]) -> None:
         made_up = (next(batches) for _ in range(count))
-        take_step(Inputs(x["image"].to(dtype) / 255, 0, x["text"], x["image_id"]) for x in made_up)
+        take_step(Inputs(x["image"].to(dtype) / 255, x["text"], x["image_id"]) for x in made_up)
 
     trial.try_full_step(engine, recipe, stage, config, NO_SOURCE, step_on_batches)
 

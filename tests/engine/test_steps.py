@@ -15,7 +15,8 @@ from torch import Tensor
 from convclip.engine.inputs import Inputs
 from convclip.engine.parameter_groups import training_stages
 from convclip.engine.steps import chunked_step
-from convclip.models.dual_tower import DualTower
+from convclip.models.dual_tower import INPUT, Cut, DualTower
+from convclip.models.layer_groups import frozen_cut
 from convclip.schema import Recipe
 from tests.engine.small_engine import run_ranks
 from tests.engine.small_steps import (
@@ -24,7 +25,6 @@ from tests.engine.small_steps import (
     LOCKED,
     chunked_run,
     ds_config,
-    frozen,
     loss_of,
     plain_run,
     rows,
@@ -44,6 +44,8 @@ def all_ways(world: int) -> dict[Any, Any]:
         found["bf16", stage] = chunked_run(whole, ds_config(stage, "bf16"))
     for stage in (2, 3):
         found["still", stage] = chunked_run(still, ds_config(stage))
+    for stage in (0, 3):
+        found["gpt2", stage] = chunked_run(gpt2(), ds_config(stage))
     found["random, not kept", 3] = chunked_run(random, ds_config(3), keep=0.0)
     offloading = ds_config(2)
     offloading["zero_optimization"].update(offload_optimizer={"device": "cpu"}, overlap_comm=True)
@@ -53,6 +55,11 @@ def all_ways(world: int) -> dict[Any, Any]:
     found["sigmoid", 3] = chunked_run(small_recipe(sigmoid=True), ds_config(3))
     found["batch norm", 1] = chunked_run(batch_norms(), ds_config(1, "bf16", BATCH // world))
     return found
+
+
+def gpt2() -> Recipe:
+    """Its projection trains from the start, above a locked tower; its blocks have dropout."""
+    return small_recipe(0.4, LOCKED, text_kind="gpt2")
 
 
 def batch_norms() -> Recipe:
@@ -112,6 +119,14 @@ def test_drop_path_drops_the_same_in_both_passes_across_events(found):
     for way, result in results.items():
         if way[0].startswith("random"):
             assert difference(result, oracle) <= 1e-6, way
+
+
+@pytest.mark.launch
+def test_gpt2_opens_below_its_projection(found):
+    world, results = found
+    oracle = plain_run(gpt2(), world, CHUNK)
+    for stage in (0, 3):
+        assert difference(results["gpt2", stage], oracle) <= 1e-6, stage
 
 
 def stray(result: dict[str, Tensor], oracle: dict[str, Tensor], recipe: Recipe) -> float:
@@ -175,47 +190,61 @@ class PlainEngine:
 
 
 class LinearTowers(torch.nn.Module):
-    """Towers of linear layers; the image tower's first is frozen, and its output twice as large as its input."""
+    """Towers of two linear layers; the first is frozen, and its output `growth` times as large as its input."""
 
-    def __init__(self) -> None:
+    def __init__(self, growth: dict[str, float]) -> None:
         super().__init__()
-        self.first, self.second, self.text = (torch.nn.Linear(*sizes) for sizes in ((4, 8), (8, 4), (4, 4)))
-        self.first.requires_grad_(False)
-        self.first_runs = 0
+        self.first, self.second, self.first_runs = torch.nn.ModuleDict(), torch.nn.ModuleDict(), {}
+        for tower, by in growth.items():
+            self.first[tower] = torch.nn.Linear(4, int(4 * by)).requires_grad_(False)
+            self.second[tower] = torch.nn.Linear(int(4 * by), 4)
+            self.first_runs[tower] = 0
 
-    def forward(self, images: Tensor, texts: Tensor | None, boundary: int = 0, stop: int | None = None) -> Any:
-        if boundary == 0:
-            self.first_runs += 1
-            images = self.first(images)
-        if stop is not None:
-            return images
-        text = None if texts is None else F.normalize(self.text(texts), dim=-1)
-        return F.normalize(self.second(images), dim=-1), text, torch.ones(1)
+    def forward(self, images: Tensor, texts: Tensor, start: Cut = INPUT, stop: Cut | None = None) -> Any:
+        found = []
+        for tower, x in (("image", images), ("text", texts)):
+            if x is not None and getattr(start, tower) == 0:
+                self.first_runs[tower] += 1
+                x = self.first[tower](x)
+            found.append(x if stop is not None else F.normalize(self.second[tower](x), dim=-1))
+        return tuple(found) if stop is not None else (*found, torch.ones(1))
 
 
-@pytest.mark.parametrize(("kept", "runs"), [(0, 7), (2, 5), (4, 4)])
-def test_frozen_layers_run_once_while_their_output_may_be_kept(kept, runs):
-    inputs = [Inputs(torch.randn(3, 4), 0, torch.randn(3, 4), torch.arange(3)) for _ in range(4)]
-    beyond_the_input = 3 * (8 - 4) * 4
-    engine = PlainEngine(LinearTowers(), 4)
-    chunked_step(engine, inputs, loss_of, 1, False, kept * beyond_the_input)
-    assert engine.module.first_runs == runs
+@pytest.mark.parametrize(
+    ("growth", "kept", "runs"),
+    [
+        ({"image": 2, "text": 2}, 0, (7, 7)),
+        ({"image": 2, "text": 2}, 1, (6, 7)),
+        ({"image": 2, "text": 2}, 5, (4, 5)),
+        ({"image": 2, "text": 2}, 8, (4, 4)),
+        # What a tower's frozen part saves, the other's may take.
+        ({"image": 0.5, "text": 2}, 0, (4, 6)),
+        ({"image": 0.5, "text": 1.5}, 0, (4, 4)),
+        ({"image": 2, "text": 0.5}, 0.5, (6, 4)),
+    ],
+)
+def test_frozen_layers_run_once_while_their_output_may_be_kept(growth, kept, runs):
+    inputs = [Inputs(torch.randn(3, 4), torch.randn(3, 4), torch.arange(3)) for _ in range(4)]
+    one_chunks_growth = 3 * 4 * 4
+    engine = PlainEngine(LinearTowers(growth), 4)
+    chunked_step(engine, inputs, loss_of, Cut(1, 1), kept * one_chunks_growth)
+    assert engine.module.first_runs == dict(zip(("image", "text"), runs, strict=True))
     assert engine.boundaries == [False, False, False, True, True]
 
 
-def stage0_model(recipe: Recipe) -> tuple[DualTower, int, bool]:
-    """(model ready for stage 0 of the recipe, frozen boundary, is text frozen)."""
+def stage0_model(recipe: Recipe) -> tuple[DualTower, Cut]:
+    """(model ready for stage 0 of the recipe, the line below which it is frozen)."""
     model = small_model(recipe)
     stage = training_stages(model, recipe)[0]
     for name, parameter in model.named_parameters():
         parameter.requires_grad_(name in stage.trainable)
     model.train()
-    return model, *frozen(model, stage)
+    return model, frozen_cut(model, stage.trainable)
 
 
 def plain_chunks() -> list[Inputs]:
     images, texts, ids = rows(0)
-    return [Inputs(images[part], 0, texts[part], ids[part]) for part in torch.arange(BATCH).split(CHUNK)]
+    return [Inputs(images[part], texts[part], ids[part]) for part in torch.arange(BATCH).split(CHUNK)]
 
 
 def gradients(model: DualTower, inputs: list[Inputs], *how: Any) -> dict[str, Tensor]:
@@ -225,31 +254,31 @@ def gradients(model: DualTower, inputs: list[Inputs], *how: Any) -> dict[str, Te
 
 
 def test_stored_maps_and_embeddings_give_the_gradients_of_live_ones():
-    model, boundary, text_is_frozen = stage0_model(small_recipe(0.4, LOCKED))
-    live = plain_chunks()
+    model, frozen = stage0_model(small_recipe(0.4, LOCKED))
+    live, cut = plain_chunks(), Cut(frozen.image - 1)
     with torch.no_grad():
-        maps = [model(chunk.image, None, 0, boundary - 1) for chunk in live]
+        maps = [model(chunk.image, None, INPUT, cut)[0] for chunk in live]
         texts = [model(None, chunk.text)[1] for chunk in live]
     stored = [
-        replace(chunk, image=kept, boundary=boundary - 1, text=None, text_embedding=text)
+        replace(chunk, image=kept, cut=cut, text=None, text_embedding=text)
         for chunk, kept, text in zip(live, maps, texts, strict=True)
     ]
-    expected = gradients(model, live, boundary, text_is_frozen, 1e9)
-    found = gradients(model, stored, boundary, text_is_frozen, 1e9)
+    expected = gradients(model, live, frozen, 1e9)
+    found = gradients(model, stored, frozen, 1e9)
     assert expected.keys() == found.keys()
     assert difference(found, expected) <= 1e-7
 
 
 def test_random_numbers_and_running_statistics_go_on_as_after_one_pass():
     recipe = small_recipe(0.4, backbone="test_resnet")
-    once, _, _ = stage0_model(recipe)
+    once, _ = stage0_model(recipe)
     torch.manual_seed(1)
     for chunk in plain_chunks():
         once(chunk.image, chunk.text)
     expected = torch.rand(3)
-    chunked, _, _ = stage0_model(recipe)
+    chunked, _ = stage0_model(recipe)
     torch.manual_seed(1)
-    gradients(chunked, plain_chunks(), 0, False, 0.0)
+    gradients(chunked, plain_chunks(), INPUT, 0.0)
     assert torch.equal(torch.rand(3), expected)
     buffers = dict(chunked.named_buffers())
     assert any(name.endswith("running_var") for name in buffers)

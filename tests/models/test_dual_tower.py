@@ -8,7 +8,7 @@ from open_clip.model import CustomTextCLIP
 from torch import nn
 
 from convclip import schema
-from convclip.models.dual_tower import build_model
+from convclip.models.dual_tower import INPUT, Cut, build_model
 
 TEXT = {"width": 32, "heads": 4, "layers": 2, "vocab_size": 100, "context_length": 20}
 
@@ -60,11 +60,10 @@ def test_features_leave_half_precision_models_in_float32():
     torch.testing.assert_close(model(*batch())[0].norm(dim=1), torch.ones(3), atol=1e-6, rtol=0)
 
 
-def test_encode_image_takes_up_a_prefix():
+@pytest.mark.parametrize("cut", [INPUT, Cut(9), Cut(0, 2), Cut(3, 1)])
+def test_both_towers_run_in_two_parts(cut):
     model = build().eval()
-    images, _ = batch()
-    prefix = model.visual.forward_prefix(images, 9)
-    torch.testing.assert_close(model(prefix, boundary=9)[0], model(images)[0])
+    torch.testing.assert_close(model(*model(*batch(), stop=cut), start=cut), model(*batch()))
 
 
 @pytest.mark.parametrize("text", ["clip", "gpt2"])

@@ -9,6 +9,7 @@ from hypothesis import strategies as st
 
 from convclip import schema
 from convclip.models import build_model
+from convclip.models.dual_tower import Cut
 from convclip.models.layer_groups import layer_groups, locked_names, parameter_counts, unlocked_names
 
 BASE_TEXT = {"width": 640, "heads": 10}
@@ -145,6 +146,20 @@ def test_groups_are_the_units_of_the_cut(models, name):
     names = {id(p): name for name, p in model.named_parameters()}
     units = [{names[id(p)] for module in unit for p in module.parameters()} for unit in model.visual.units()]
     assert units == [set(group) for group in layer_groups(model, "image")]
+
+
+@pytest.mark.parametrize("kind", ["clip", "gpt2"])
+def test_what_enters_a_text_group_is_the_work_of_the_groups_below(kind):
+    image = {"backbone": "test_convnext", "image_size": 32}
+    text = {"kind": kind, "width": 8, "heads": 2, "layers": 3, "vocab_size": 20, "context_length": 8}
+    model = build_model(schema.Model(embed_dim=4, image=image, text=text))
+    groups = layer_groups(model, "text")
+    for boundary in range(1, len(groups) + 1):
+        model.zero_grad()
+        _, (hidden, _) = model(texts=torch.tensor([[3, 4, 19, 0], [5, 19, 0, 0]]), stop=Cut(0, boundary))
+        hidden.sum().backward()
+        worked = {name for name, parameter in model.named_parameters() if parameter.grad is not None}
+        assert worked == set(itertools.chain(*groups[:boundary]))
 
 
 @given(first=st.integers(1, 20), second=st.integers(1, 20))

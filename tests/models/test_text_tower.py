@@ -82,6 +82,18 @@ def test_an_embedding_does_not_depend_on_its_batch(config):
 
 
 @pytest.mark.parametrize("config", [CLIP, GPT2], ids=["clip", "gpt2"])
+def test_in_two_parts_it_is_the_whole(config):
+    model = tower(config).eval()
+    whole = model(captions())
+    for boundary in range(1, 5):
+        assert torch.equal(model(model(captions(), 0, boundary), boundary), whole), boundary
+    middle = model(captions(), 0, 2)
+    assert [x.shape for x in middle] == [(3, 16, 32), (3,)]
+    assert [x.shape for x in model(middle, 2, 3)] == [(3, 16, 32), (3,)]
+    assert model(middle, 2, 4)[0].shape == (3, 24 if config is CLIP else 32)
+
+
+@pytest.mark.parametrize("config", [CLIP, GPT2], ids=["clip", "gpt2"])
 def test_checkpointing_changes_memory_only(config):
     results = []
     for enable in (False, True):
