@@ -1,11 +1,13 @@
 """What a large contrastive batch costs: the loss alone, in tiles, against whole logits and open_clip's ClipLoss.
 
-    python benchmarks/large_batch.py [--sizes 4096 8192 …] [--time_at 8192] [--tile 1024] [--plot memory.png]
+    python benchmarks/large_batch.py [--sizes 4096 8192 …] [--time_at 8192] [--tile 2048] [--world 2] [--plot PNG]
 
 Memory: the peak of a process of its own for each loss and batch (by the operating system), above what it held with the
 features made and the libraries warm: forward and backward, gradients included. Whole logits that would not fit into
 free memory are not run; their figure is extrapolated with B^2 from the largest that was, and marked. Time: forward and
-backward in turns in one process, medians. Each ratio stands beside its limit.
+backward in turns in one process, medians. Each ratio stands beside its limit. With --world, ranks of one thread each
+share the batch of --time_at over gloo; what they send is also timed alone, which is the most that a ring, sending texts
+on while tiles are computed, could save against gathering them first.
 """
 
 from __future__ import annotations
@@ -16,16 +18,19 @@ import os
 import statistics
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Callable
 from pathlib import Path
 
 import torch
+import torch.distributed as dist
 import torch.nn.functional as F
 from open_clip.loss import ClipLoss
 from torch import Tensor
 from tqdm import tqdm
 
+from convclip.distributed import all_reduce_max, all_reduce_sum, gather_with_gradient
 from convclip.losses.contrastive import clip_loss
 
 MIB = 1024**2
@@ -137,6 +142,38 @@ def time_table(options: argparse.Namespace) -> None:
     print(f"tiled / open_clip {medians['tiled'] / medians['open_clip']:.3f}")
 
 
+def send(image: Tensor, text: Tensor, scale: Tensor) -> Tensor:
+    """Sends what the tiled loss sends and computes next to nothing; its backward is the gradients' way back."""
+    texts = gather_with_gradient(text)
+    sums = texts.new_zeros(2, len(texts))
+    all_reduce_max(sums[0])
+    all_reduce_sum(sums)
+    return (texts * texts.detach()).sum()
+
+
+def time_ranks(rank: int, options: argparse.Namespace, meeting: str) -> None:
+    """On each rank: time the whole batch alone, its share of it, and what is sent; rank 0 prints."""
+    torch.set_num_threads(1)
+    tiled = loss_function("tiled", options.tile)
+    image, text, scale = make_features(options.time_at, options.width)
+    alone = [seconds(tiled, (image, text, scale)) for _ in range(options.repeats + 1)]
+    dist.init_process_group("gloo", init_method=meeting, rank=rank, world_size=options.world)
+    own = [x.detach().chunk(options.world)[rank].clone().requires_grad_() for x in (image, text)]
+    shared, sending = [], []
+    for _ in range(options.repeats + 1):
+        for walls, work in ((shared, tiled), (sending, send)):
+            dist.barrier()
+            walls.append(seconds(work, (*own, scale)))
+    if rank == 0:
+        one, loss, sent = (statistics.median(walls[1:]) for walls in (alone, shared, sending))
+        print(f"B = {options.time_at}, {options.world} ranks of one thread: {loss:.3f} s; one rank: {one:.3f} s")
+        print(f"sending alone {sent:.3f} s: a ring could save {100 * sent / loss:.1f} % at most")
+    dist.barrier()
+    # gloo's threads abort when Python is gone before they have let go of the last collective.
+    time.sleep(0.2)
+    dist.destroy_process_group()
+
+
 def verdict(what: str, ratio: float, limit: float) -> None:
     """One line: the ratio and whether it keeps to its limit."""
     print(f"{what} {ratio:.4g}, limit {limit:.4g}: {'kept' if ratio <= limit else 'MISSED'}")
@@ -170,6 +207,7 @@ def main() -> None:
     parser.add_argument("--width", type=int, default=640)
     parser.add_argument("--tile", type=int, default=2048)
     parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--world", type=int, help="also time ranks that share the batch of --time_at")
     parser.add_argument("--repeats", type=int, default=5)
     parser.add_argument("--plot", type=Path, help="PNG of memory against batch (needs matplotlib)")
     parser.add_argument("--measure", nargs=2, help=argparse.SUPPRESS)
@@ -181,6 +219,10 @@ def main() -> None:
         return
     if options.time_at:
         time_table(options)
+    if options.time_at and options.world:
+        with tempfile.TemporaryDirectory() as folder:
+            meeting = (Path(folder) / "meeting").as_uri()
+            torch.multiprocessing.spawn(time_ranks, (options, meeting), nprocs=options.world)
     if options.sizes:
         peaks = memory_table(options)
         if MEMORY_AT in options.sizes:

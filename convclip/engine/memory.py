@@ -259,7 +259,7 @@ def loss_bytes(recipe: Recipe, rows: int, world: int) -> float:
     # Distillation has a second pair of features and logits.
     parts = 2 if recipe.teacher else 1
     own, gathered = rows * row, (rows * world * row if world > 1 else 0)
-    features = 4 * own + parts * (2 * own + 3 * gathered)
+    features = 4 * own + parts * (2 * own + 2 * gathered)
     if tile is not None:
         return features + parts * 2 * 4 * min(tile, rows * world) ** 2
     return features + (WHOLE_LOGITS * parts + (2 if world > 1 else 0)) * 4 * rows * rows * world

@@ -13,7 +13,7 @@ from deepspeed.accelerator import get_accelerator
 from torch import Tensor, nn
 
 from convclip.data.loader import EpochLoader
-from convclip.distributed import all_reduce_mean, rank, world_size
+from convclip.distributed import rank, world_size
 from convclip.engine.checkpoint import (
     RunState,
     load_checkpoint,
@@ -28,10 +28,11 @@ from convclip.engine.ds_config import precision, zero_stage
 from convclip.engine.evaluations import ImageEvaluation
 from convclip.engine.inputs import Inputs, InputSource
 from convclip.engine.memory import check_estimate
-from convclip.engine.meters import LossWatch, RunLog, StepClock, clock, logger, memory_gib, on_accelerator
+from convclip.engine.meters import LossWatch, RunLog, StepClock, logger, memory_gib, on_accelerator
 from convclip.engine.objective import Objective, VideoObjective
-from convclip.engine.parameter_groups import describe_amount, event_starts, reached_stages, training_stages
+from convclip.engine.parameter_groups import event_starts, reached_stages, training_stages
 from convclip.engine.rebuild import build_engine, dismantle, rebuild_engine
+from convclip.engine.reports import step_figures, summary_report, unfreeze_report
 from convclip.engine.schedule import LearningRates
 from convclip.engine.shards import clamp_parameter, optimizer_shards
 from convclip.engine.steps import accumulated_step, chunked_step
@@ -93,7 +94,10 @@ class Trainer:
                 if self.step == self.total_steps:
                     break
             self._finish_epoch(epoch)
-        summary = self._summary(time.perf_counter() - started, self.step - first_step)
+        seconds = time.perf_counter() - started
+        summary, line = summary_report(self.recipe, self.best, self.step - first_step, seconds)
+        logger.info(line)
+        logger.info(f"next: deepspeed launch/evaluate.py --checkpoint {self.folder} --data … --output_dir …")
         self.log.close()
         return summary
 
@@ -153,31 +157,11 @@ class Trainer:
             self.engine = rebuild_engine(self.engine, stage.groups, self.ds_config, self.recipe.optim, values)
             self._look_at_engine()
             self.rates.set(self.step, self.engine.optimizer.param_groups)
-            lrs = {group["name"]: group["lr"] for group in self.engine.optimizer.param_groups}
+            epoch, seconds = self.step // self.loader.steps_per_epoch, time.perf_counter() - started
             for event in stage.events:
-                self._report_event(event, stage, lrs, time.perf_counter() - started)
+                self.log.event(*unfreeze_report(self.engine, self.recipe, stage, event, self.step, epoch, seconds))
             self.clock.reset()
         return self.stage > before
-
-    def _report_event(self, event: Any, stage: Any, lrs: dict[str, float], seconds: float) -> None:
-        number = self.recipe.freezing.unfreeze.index(event)
-        groups = [group for group in stage.opened if group.event == number]
-        opened = {name for group in groups for name in group.parameters}
-        amount = describe_amount(event)
-        row = {
-            "event": "unfreeze",
-            "step": self.step,
-            "epoch": self.step // self.loader.steps_per_epoch,
-            "tower": event.tower,
-            "opened": amount,
-            "parameters": sum(self.sizes[name] for name in opened),
-            "lr_scale": groups[0].lr_scale,
-        }
-        self.log.event(
-            row,
-            f"unfreeze {event.tower}: {amount}, {row['parameters']:,} parameters, "
-            f"lr {lrs[groups[0].name]:.2e} = {groups[0].lr_scale:g} x lr(step); rebuilt in {seconds:.2f} s",
-        )
 
     def _report_step(self, epoch: int, losses: dict[str, Tensor], logit_scale: Tensor) -> None:
         """Every `log_every` steps write the figures; in between only watch that the loss is finite."""
@@ -186,20 +170,10 @@ class Trainer:
         self.losses.read(keep=0 if due else 1)
         if not due:
             return
-        parts = {f"loss_{name}": value for name, value in losses.items() if name != "total" and len(losses) > 2}
-        scaler = getattr(self.engine.optimizer, "loss_scaler", None)
-        grad_norm = self.engine.get_global_grad_norm()
         row = {
             "step": self.step,
             "epoch": epoch,
-            "loss": all_reduce_mean(losses["total"]).item(),
-            **{name: all_reduce_mean(value).item() for name, value in parts.items()},
-            "lr": {group["name"]: group["lr"] for group in self.engine.optimizer.param_groups},
-            **dict(zip(("logit_scale", "logit_bias"), logit_scale.tolist(), strict=False)),
-            # DeepSpeed computes none in stage 0 without clipping.
-            "grad_norm": None if grad_norm is None else float(grad_norm),
-            "loss_scale": scaler.cur_scale if self.dtype == torch.float16 else None,
-            "memory_gib": memory_gib(),
+            **step_figures(self.engine, losses, logit_scale),
             **self.clock.report(self.recipe.batch.global_),
         }
         self.log.metrics(row)
@@ -273,7 +247,6 @@ class Trainer:
             load_weights(model, checkpoint)
             self.step, self.stage, self.best = state.step, state.stage, state.best
         save_locked(model, self.stages[0].trainable, self.folder / "checkpoints")
-        self.sizes = {name: parameter.numel() for name, parameter in model.named_parameters()}
         ever_trained = self.stages[-1].trainable
         self.fp32_values = {n: p.detach().clone().cpu() for n, p in model.named_parameters() if n in ever_trained}
         self._try_last_stage(model)
@@ -305,22 +278,3 @@ class Trainer:
         trainable = self.stages[self.stage].trainable
         self.frozen = frozen_cut(self.engine.module, trainable)
         self.source.enter_stage(self.frozen, trainable)
-
-    def _summary(self, seconds: float, steps: int) -> dict[str, Any]:
-        samples = steps * self.recipe.batch.global_
-        best = self.best
-        summary = {
-            "steps": steps,
-            "seconds": seconds,
-            "samples_per_s": samples / max(seconds, 1e-9),
-            "memory_gib": memory_gib(),
-            "best": best,
-        }
-        first = [f"{key[:3].upper()} R@1 {best[key]:.2f}" for key in best if key[1:] in ("2t_r1", "2i_r1", "2v_r1")]
-        recall = f"best {' '.join(first)} at step {best['step']}" if best else "not evaluated"
-        logger.info(
-            f"done: {steps} steps in {clock(seconds)}, {summary['samples_per_s']:.1f} samples/s, "
-            f"peak memory {summary['memory_gib']:.2f} GiB; {recall}"
-        )
-        logger.info(f"next: deepspeed launch/evaluate.py --checkpoint {self.folder} --data … --output_dir …")
-        return summary
