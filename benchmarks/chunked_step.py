@@ -237,7 +237,7 @@ def compare_memory(options: argparse.Namespace, lock: str) -> None:
     for side in SIDES:
         command = [sys.executable, *sys.argv, "--measure", side, "--locks", lock]
         # A process group of its own.
-        environment = {name: value for name, value in os.environ.items() if name not in {*ALONE, "MASTER_PORT"}}
+        environment = {name: value for name, value in os.environ.items() if name not in ALONE}
         output = subprocess.run(command, env=environment, check=True, capture_output=True, text=True).stdout
         peaks[side] = json.loads(output.strip().splitlines()[-1])
     print(f"  peak memory: convclip {peaks['convclip']:.0f} MiB, open_clip {peaks['open_clip']:.0f} MiB")

@@ -5,14 +5,14 @@ from __future__ import annotations
 import atexit
 import gc
 import os
-import socket
 import sys
 import time
 from pathlib import Path
 
 import torch
 
-ALONE = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "127.0.0.1"}
+# Port 0: whichever is free when it is opened.
+ALONE = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "0"}
 
 
 def start_processes() -> None:
@@ -22,7 +22,7 @@ def start_processes() -> None:
     os.environ["PATH"] = os.pathsep.join([str(Path(sys.executable).parent), os.environ.get("PATH", "")])
     if "RANK" not in os.environ:
         # Without these DeepSpeed looks for mpi4py.
-        os.environ.update(ALONE, MASTER_PORT=str(_free_port()))
+        os.environ.update(ALONE)
     # With it DeepSpeed's CPU backend sets up shared memory for an all-reduce that only inference uses, and leaves the
     # 66 MiB of each rank of each run behind in /dev/shm.
     local_size = os.environ.pop("LOCAL_SIZE", None)
@@ -44,9 +44,3 @@ def _stop() -> None:
     gc.unfreeze()
     if torch.distributed.is_initialized():
         torch.distributed.destroy_process_group()
-
-
-def _free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return probe.getsockname()[1]

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
+import random
 import socket
 from collections.abc import Callable, Mapping
 from typing import Any
@@ -157,10 +159,14 @@ def allow_fp16_on_cpu() -> None:
 
 
 def free_port() -> int:
-    """A TCP port that nobody listens on."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return probe.getsockname()[1]
+    """A TCP port that nobody listens on, and that no connection is given while the ranks start: it lies below those."""
+    candidates = list(range(20_000, 32_000))
+    random.SystemRandom().shuffle(candidates)
+    for port in candidates:
+        with socket.socket() as probe, contextlib.suppress(OSError):
+            probe.bind(("127.0.0.1", port))
+            return port
+    raise OSError("no free port from 20000 to 32000")
 
 
 def _worker(rank: int, world: int, port: int, target: Callable[..., Any], arguments: tuple, out: str) -> None:
