@@ -6,6 +6,8 @@ embed, T tokens, C channels and H.W size of a feature map, S image side.
 
 from __future__ import annotations
 
+import functools
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -23,8 +25,9 @@ from convclip.schema import Recipe
 
 @dataclass(frozen=True)
 class Inputs:
-    """A micro batch. `image` and `text` are what enters the towers at `cut`: at first pixels [B, 3, S, S] and token ids
-    [B, T]."""
+    """A micro batch. `image` and `text` are what enters the towers at `cut`: at first pictures [B, 3, S, S] and token
+    ids [B, T]. Pictures of bytes are normalised only when the tower runs: a chunked step holds those of all its rows.
+    """
 
     image: Tensor
     text: Tensor | TextPrefix | None
@@ -36,14 +39,22 @@ class Inputs:
     teacher: tuple[Tensor, Tensor] | None = None
     # Unit-length embeddings [B, D] of the reference head.
     reference: Tensor | None = None
+    # Makes of pictures of bytes what the tower takes.
+    normalize: Callable[[Tensor], Tensor] | None = None
+
+    @property
+    def tower_image(self) -> Tensor:
+        """`image` as the tower takes it."""
+        return self.normalize(self.image) if self.image.dtype == torch.uint8 else self.image
 
     def model_inputs(self, without_text: bool = False) -> tuple[Any, ...]:
         """Arguments of DualTower.forward."""
-        return self.image, None if without_text else self.text, self.cut
+        return self.tower_image, None if without_text else self.text, self.cut
 
     def up_to(self, stop: Cut) -> tuple[Tensor | None, Tensor | TextPrefix | None]:
         """(image, text) that have to run to get to `stop`; None for a tower that is there already."""
-        return self.image if stop.image > self.cut.image else None, self.text if stop.text > self.cut.text else None
+        image = self.tower_image if stop.image > self.cut.image else None
+        return image, self.text if stop.text > self.cut.text else None
 
     def entering(self, tower: str, value: Tensor | TextPrefix, stop: Cut) -> Inputs:
         """The same batch with `value`, which enters `tower` (image or text) at `stop`."""
@@ -73,6 +84,8 @@ class InputSource:
     ) -> None:
         self.recipe, self.device, self.dtype = recipe, device, dtype
         self.teacher, self.store, self.work = teacher, store, work
+        tower = recipe.model.image
+        self.normalize = functools.partial(normalize, mean=tower.mean, std=tower.std, dtype=dtype)
         self.views = recipe.features.view_count or 1
         self.teacher_is_on = recipe.teacher is not None
         self.stored_image = self.stored_text = False
@@ -97,16 +110,12 @@ class InputSource:
         return {"pixels": live_teacher or not self.stored_image, "text": live_teacher or not self.stored_text}
 
     def __call__(self, batch: dict[str, Any], epoch: int) -> Inputs:
-        """The micro batch on the device; pictures travel as uint8 and are normalised there, in the model's dtype."""
+        """The micro batch on the device."""
         image_id, caption_id = batch["image_id"], batch["caption_id"]
         views = view_ids(image_id, epoch % self.views, self.views) if self.store is not None else None
         pixels = self._to_device(batch["image"]) if "image" in batch else None
         text = None if self.stored_text else self._to_device(batch["text"])
-        if self.stored_image:
-            image = self._to_device(self.store.read("image_map", views))
-        else:
-            tower = self.recipe.model.image
-            image = normalize(pixels, tower.mean, tower.std, self.dtype)
+        image = self._to_device(self.store.read("image_map", views)) if self.stored_image else pixels
         return Inputs(
             image,
             text,
@@ -114,6 +123,7 @@ class InputSource:
             Cut(self.work.boundary) if self.stored_image else INPUT,
             self._to_device(self.store.read("text_embedding", caption_id)) if self.stored_text else None,
             self._teacher(batch, pixels, views),
+            normalize=self.normalize,
         )
 
     def _teacher(self, batch: dict[str, Any], pixels: Tensor | None, views: Any) -> tuple[Tensor, Tensor] | None:

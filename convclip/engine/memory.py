@@ -204,7 +204,8 @@ def stage_memory(
         gradients=(trained // world if splits else trained) * size + buckets,
         optimizer=0 if offloaded else 4 * numbers * shard,
         step_copies=0 if offloaded or numbers == 2 else 4 * shard,
-        row=activations_per_row(model, recipe, stage),
+        # With them, the pictures as the tower takes them.
+        row=activations_per_row(model, recipe, stage) + 3 * recipe.model.image.image_size**2 * size,
         input=entering,
         kept=kept,
     )
@@ -247,10 +248,11 @@ def input_bytes(model: DualTower, recipe: Recipe, stage: Stage) -> tuple[int, in
     """
     cut = frozen_cut(model, stage.trainable) if recipe.batch.micro else INPUT
     side, dtype = recipe.model.image.image_size, next(model.parameters()).dtype
-    inputs = torch.empty(1, 3, side, side, dtype=dtype, device="meta"), longest_captions(recipe, 1)
+    picture, tokens = torch.empty(1, 3, side, side, dtype=torch.uint8, device="meta"), longest_captions(recipe, 1)
     with torch.no_grad():
-        kept = model(*inputs, stop=cut)
-    return sum(x.nbytes for x in inputs), sum(x.nbytes for x in tree_leaves(kept))
+        frozen = model(picture.to(dtype), tokens, stop=cut)
+    image, text = (sum(x.nbytes for x in tree_leaves(part)) for part in frozen)
+    return picture.nbytes + tokens.nbytes, (image if cut.image else picture.nbytes) + text
 
 
 def loss_bytes(recipe: Recipe, rows: int, world: int) -> float:

@@ -269,6 +269,22 @@ def test_stored_maps_and_embeddings_give_the_gradients_of_live_ones():
     assert difference(found, expected) <= 1e-7
 
 
+def test_pictures_of_bytes_are_normalised_in_both_passes():
+    model, frozen = stage0_model(small_recipe(0.4, {"lock": ["text"]}))
+    pictures = [torch.randint(0, 256, chunk.image.shape, dtype=torch.uint8) for chunk in plain_chunks()]
+    found = []
+    for make in (lambda x: {"image": x, "normalize": halved}, lambda x: {"image": halved(x)}):
+        inputs = [replace(chunk, **make(x)) for chunk, x in zip(plain_chunks(), pictures, strict=True)]
+        torch.manual_seed(1)
+        found.append(gradients(model, inputs, frozen, 0.0))
+    assert difference(*found) == 0.0
+    assert max(gradient.abs().max().item() for gradient in found[0].values()) > 1e-3
+
+
+def halved(pictures: Tensor) -> Tensor:
+    return pictures.float() / 128 - 1
+
+
 def test_random_numbers_and_running_statistics_go_on_as_after_one_pass():
     recipe = small_recipe(0.4, backbone="test_resnet")
     once, _ = stage0_model(recipe)
