@@ -58,7 +58,7 @@ def unfreeze_report(
 
 
 def summary_report(recipe: Recipe, best: Mapping[str, Any], steps: int, seconds: float) -> tuple[dict[str, Any], str]:
-    """A run's end: `steps` steps in `seconds`, and the figures of its best evaluation, {} without one."""
+    """A run's end: `steps` steps in `seconds`, and the figures of its best checkpoint, {} where none was evaluated."""
     row = {
         "steps": steps,
         "seconds": seconds,
@@ -67,7 +67,7 @@ def summary_report(recipe: Recipe, best: Mapping[str, Any], steps: int, seconds:
         "best": dict(best),
     }
     first = [f"{key[:3].upper()} R@1 {best[key]:.2f}" for key in best if key[1:] in ("2t_r1", "2i_r1", "2v_r1")]
-    recall = f"best {' '.join(first)} at step {best['step']}" if best else "not evaluated"
+    recall = f"best {' '.join(first)} at step {best['step']}" if best else "no evaluated checkpoint"
     return row, (
         f"done: {steps} steps in {clock(seconds)}, {row['samples_per_s']:.1f} samples/s, "
         f"peak memory {row['memory_gib']:.2f} GiB; {recall}"
