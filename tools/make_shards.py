@@ -19,9 +19,7 @@ from functools import partial
 from pathlib import Path
 
 from convclip.data.coco import missing_files, read_coco
-from convclip.data.frame_store import FrameSettings, write_frame_store
 from convclip.data.jpeg import QUALITY
-from convclip.data.msrvtt import find_videos, read_video_ids
 from convclip.data.shard_writer import image_members, reasons, skipped_entry, write_shards
 from convclip.schema import UserError
 
@@ -58,11 +56,17 @@ def make_shards(args: argparse.Namespace) -> None:
 
 def make_frame_store(args: argparse.Namespace) -> None:
     """Decode the videos of the split CSVs once, into a frame store."""
-    for name in ("workers", "frames", "fps"):
-        if getattr(args, name) <= 0:
-            raise UserError(f"--{name} {getattr(args, name)}: must be more than 0")
+    # They import torch, which would take each process that packs pictures some seconds.
+    from convclip.data.frame_store import FrameSettings, write_frame_store
+    from convclip.data.msrvtt import find_videos, read_video_ids
+
+    given = {name: getattr(args, name) for name in ("workers", "frames", "fps") if getattr(args, name) is not None}
+    for name, value in given.items():
+        if value <= 0:
+            raise UserError(f"--{name} {value}: must be more than 0")
     names = dict.fromkeys(name for path in args.split_csv for name in read_video_ids(path))
-    settings = FrameSettings(args.resize or FrameSettings.size, args.frames, args.fps)
+    wanted = {"size": args.resize, "frames": args.frames, "fps": args.fps}
+    settings = FrameSettings(**{name: value for name, value in wanted.items() if value is not None})
     report = write_frame_store(find_videos(args.videos, list(names)), args.output_dir, settings, args.workers)
     print(
         f"{args.output_dir}: frames of {report.decoded + report.reused} videos ({report.reused} were there), "
@@ -87,8 +91,8 @@ def main() -> int:
     parser.add_argument("--split", help="image: name of the shards, <split>-000000.tar")
     parser.add_argument("--videos", type=Path, help="video: folder of the video files")
     parser.add_argument("--split_csv", type=Path, nargs="+", help="video: CSVs with a column video_id")
-    parser.add_argument("--frames", type=int, default=FrameSettings.frames, help="video: frames kept of each")
-    parser.add_argument("--fps", type=float, default=FrameSettings.fps, help="video: frames looked at per second")
+    parser.add_argument("--frames", type=int, help="video: frames kept of each; default: 12")
+    parser.add_argument("--fps", type=float, help="video: frames looked at per second; default: 1")
     parser.add_argument("--output_dir", type=Path, required=True)
     parser.add_argument("--samples_per_shard", type=int, default=1000)
     parser.add_argument("--resize", type=int, help="shorter side in pixels; default: keep; video: 224")

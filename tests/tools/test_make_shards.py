@@ -12,6 +12,8 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
+from convclip.data.frame_store import FrameStore
+
 REPOSITORY = Path(__file__).resolve().parents[2]
 COUNT = 12
 
@@ -209,3 +211,28 @@ def test_flickr8k_with_several_workers(realdata, source):
     )
     assert done.returncode == 0 and "3 train shards (0 were there), 2000 samples, 10000 captions" in done.stdout
     assert "skipped" not in done.stdout
+
+
+def test_videos_become_a_frame_store(tmp_path):
+    """Defaults: 12 frames of 224 px, one a second; a second call decodes nothing."""
+    from tests.data.test_video import write_video  # needs PyAV
+
+    (tmp_path / "videos").mkdir()
+    for name, seconds in (("video1", 3), ("video2", 15)):
+        write_video(tmp_path / "videos" / f"{name}.mp4", range(seconds))
+    (tmp_path / "split.csv").write_text("key,video_id\nret0,video1\nret1,video2\nret2,video1\n")
+    script = [sys.executable, REPOSITORY / "tools" / "make_shards.py", "--kind", "video", "--workers", 1]
+    script += ["--videos", tmp_path / "videos", "--split_csv", tmp_path / "split.csv", "--output_dir", tmp_path / "out"]
+
+    def call(*more: object) -> subprocess.CompletedProcess:
+        return subprocess.run(list(map(str, [*script, *more])), capture_output=True, text=True, check=False)
+
+    first, second, wrong = call(), call(), call("--frames", 0)
+    assert "frames of 2 videos (0 were there), 0 skipped" in first.stdout, first.stderr
+    assert "frames of 2 videos (2 were there), 0 skipped" in second.stdout, second.stderr
+    assert_one_line(wrong, "--frames 0", "more than 0")
+    store = FrameStore(tmp_path / "out", size=224, frames=12, fps=1.0)
+    assert [(store[name][0].shape, store[name][1]) for name in ("video1", "video2")] == [
+        ((12, 3, 224, 224), 3),
+        ((12, 3, 224, 224), 12),
+    ]
