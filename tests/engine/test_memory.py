@@ -23,6 +23,7 @@ from convclip.engine.memory import (
     check_estimate,
     estimate_stage,
     format_memory,
+    input_bytes,
     longest_captions,
     loss_bytes,
 )
@@ -31,7 +32,8 @@ from convclip.engine.plan import make_plan
 from convclip.engine.rebuild import OptimizerSnapshot, build_engine, dismantle
 from convclip.losses.contrastive import clip_loss
 from convclip.models import build_model
-from convclip.models.dual_tower import DualTower
+from convclip.models.dual_tower import INPUT, Cut, DualTower
+from convclip.models.layer_groups import frozen_cut
 from convclip.schema import Batch, Recipe
 from tests.engine.small_engine import allow_fp16_on_cpu, run_ranks
 from tests.engine.small_steps import LOCKED, chunked_run, ds_config, small_recipe, take_chunked_step
@@ -126,6 +128,22 @@ def test_the_plan_names_a_micro_batch_for_each_device():
     assert whole["largest_micro"]["80"] == 0
     shared = make_plan(load_recipe("base_absattn_3stage", overrides), world=8)["memory"]["stages"][0]
     assert shared["inputs"] == pytest.approx(first["inputs"] / 8, abs=2e-3)
+
+
+@pytest.mark.parametrize("text_kind", ["clip", "gpt2"])
+@pytest.mark.parametrize("number", [0, 1])
+def test_what_is_held_between_the_passes_is_what_the_towers_give(text_kind, number):
+    recipe = small_recipe(freezing=LOCKED, text_kind=text_kind)
+    model = build_model(recipe.model)
+    stage = training_stages(model, recipe)[number]
+    frozen, rows = frozen_cut(model, stage.trainable), 4
+    pictures = torch.zeros(rows, 3, 32, 32, dtype=torch.uint8)
+    batch = Inputs(pictures, longest_captions(recipe, rows), torch.arange(rows), normalize=Tensor.float)
+    held = [rows * count for count in input_bytes(build_meta(recipe), recipe, stage)]
+    assert held[0] == batch.nbytes("image") + batch.nbytes("text")
+    for tower, value in zip(Cut._fields, model(*batch.up_to(frozen), INPUT, frozen), strict=True):
+        batch = batch.entering(tower, value, frozen)
+    assert held[1] == batch.nbytes("image") + batch.nbytes("text") != held[0]
 
 
 def test_the_teacher_counts_where_it_runs():
