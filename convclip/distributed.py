@@ -44,7 +44,7 @@ def gather(x: Tensor, group: Group = None) -> Tensor:
     if x.ndim == 0:
         return gather(x[None], group)
     rows = x.new_empty(world * x.shape[0], *x.shape[1:])
-    # Unlike all_gather and all_reduce, this one and its reverse below hold no second copy of all rows under NCCL.
+    # One tensor for all rows, and on the way back below each rank is sent the sums of its own rows only.
     dist.all_gather_into_tensor(rows, x.detach().contiguous(), group)
     return rows
 

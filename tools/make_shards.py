@@ -60,9 +60,9 @@ def make_frame_store(args: argparse.Namespace) -> None:
     from convclip.data.frame_store import FrameSettings, write_frame_store
     from convclip.data.msrvtt import find_videos, read_video_ids
 
-    given = {name: getattr(args, name) for name in ("workers", "frames", "fps") if getattr(args, name) is not None}
-    for name, value in given.items():
-        if value <= 0:
+    for name in ("workers", "frames", "fps", "resize"):
+        value = getattr(args, name)
+        if value is not None and value <= 0:
             raise UserError(f"--{name} {value}: must be more than 0")
     names = dict.fromkeys(name for path in args.split_csv for name in read_video_ids(path))
     wanted = {"size": args.resize, "frames": args.frames, "fps": args.fps}

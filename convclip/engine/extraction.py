@@ -21,7 +21,7 @@ from convclip.data.samples import captions_fingerprint
 from convclip.data.tokenizers import build_tokenizer
 from convclip.data.transforms import normalize
 from convclip.distributed import barrier, is_main, rank, world_size
-from convclip.engine.frozen import FrozenWork, frozen_work, recipe_views, store_identity
+from convclip.engine.frozen import FrozenWork, frozen_work, map_shape, recipe_views, store_identity
 from convclip.engine.launcher import start_processes
 from convclip.engine.parameter_groups import reached_stages
 from convclip.models import build_model
@@ -81,10 +81,7 @@ class Extraction:
             self.identity["teacher_logit_scale"] = self.teacher.scale
         self.views = recipe_views(recipe)
         self.batch, self.workers = recipe.evaluation.batch, recipe.data.workers
-        size = recipe.model.image.image_size
-        with torch.no_grad():
-            image_map, _ = self.model(torch.zeros(1, 3, size, size, device=self.device), stop=Cut(self.work.boundary))
-        shape = tuple(image_map.shape[1:])
+        shape = map_shape(self.model, recipe.model.image.image_size, self.work.boundary)
         self.arrays = self.work.arrays(recipe, shape, dtype, self.teacher.width if self.teacher else 0)
 
     def open_data(self) -> EvaluationSet:

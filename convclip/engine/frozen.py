@@ -108,6 +108,13 @@ def store_identity(
     return identity
 
 
+@torch.no_grad()
+def map_shape(model: DualTower, size: int, boundary: int) -> tuple[int, ...]:
+    """Shape (C, H, W) of what enters layer group `boundary` of the image tower; pictures are size x size pixels."""
+    image_map, _ = model(torch.zeros(1, 3, size, size, device=next(model.parameters()).device), stop=Cut(boundary))
+    return tuple(image_map.shape[1:])
+
+
 def storable(model: DualTower, recipe: Recipe, stages: list[Stage]) -> list[str]:
     """For --plan: what a feature store would hold of `recipe` and its size, a line each; [] where nothing is frozen.
 
@@ -118,10 +125,7 @@ def storable(model: DualTower, recipe: Recipe, stages: list[Stage]) -> list[str]
         return []
     size, shape = recipe.model.image.image_size, ()
     if work.boundary:
-        device = next(model.parameters()).device
-        with torch.no_grad():
-            image_map, _ = model(torch.zeros(1, 3, size, size, device=device), stop=Cut(work.boundary))
-        shape = tuple(image_map.shape[1:])
+        shape = map_shape(model, size, work.boundary)
     width = _teacher_width(recipe)
     arrays = work.arrays(recipe, shape, torch.bfloat16, width)
     items = _expected_items(recipe)

@@ -1,4 +1,4 @@
-"""The words and figures of a run's reports: (row of metrics.jsonl, line of the log)."""
+"""The figures and words of a run's reports: rows of metrics.jsonl, and the log lines that go with them."""
 
 from __future__ import annotations
 

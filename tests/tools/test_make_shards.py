@@ -227,10 +227,11 @@ def test_videos_become_a_frame_store(tmp_path):
     def call(*more: object) -> subprocess.CompletedProcess:
         return subprocess.run(list(map(str, [*script, *more])), capture_output=True, text=True, check=False)
 
-    first, second, wrong = call(), call(), call("--frames", 0)
+    first, second = call(), call()
     assert "frames of 2 videos (0 were there), 0 skipped" in first.stdout, first.stderr
     assert "frames of 2 videos (2 were there), 0 skipped" in second.stdout, second.stderr
-    assert_one_line(wrong, "--frames 0", "more than 0")
+    for flag in ("--frames", "--resize"):
+        assert_one_line(call(flag, 0), f"{flag} 0", "more than 0")
     store = FrameStore(tmp_path / "out", size=224, frames=12, fps=1.0)
     assert [(store[name][0].shape, store[name][1]) for name in ("video1", "video2")] == [
         ((12, 3, 224, 224), 3),
