@@ -33,10 +33,10 @@ from open_clip_train.train import train_one_epoch
 from torch import Tensor, nn
 
 from convclip.engine.inputs import Inputs
-from convclip.engine.launcher import ALONE, start_processes
-from convclip.engine.parameter_groups import training_stages
-from convclip.engine.rebuild import build_engine
+from convclip.engine.stages.groups import training_stages
 from convclip.engine.steps import chunked_step
+from convclip.engine.zero.build import build_engine
+from convclip.engine.zero.launcher import ALONE, start_processes
 from convclip.losses.contrastive import clip_loss
 from convclip.models import build_model
 from convclip.models.layer_groups import frozen_cut

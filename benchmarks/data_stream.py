@@ -34,7 +34,7 @@ from convclip.data.loader import TrainLoader
 from convclip.data.shard_writer import image_members, write_shards
 from convclip.data.tokenizers import build_tokenizer
 from convclip.data.transforms import TrainTransform
-from convclip.schema import Batch, Data, TextTower
+from convclip.schema import BatchConfig, Data, TextTowerConfig
 
 MICRO_BATCH = 32
 IMAGE_SIZE = 224
@@ -115,8 +115,8 @@ def measure_stream(
 ) -> None:
     """One epoch of one caption per image, against the bare loop over the same images and as many processes."""
     data = Data(train=pattern, captions="one", workers=workers, cache_folder=str(scratch / "cache"))
-    batch = Batch.model_validate({"global": MICRO_BATCH})
-    transform, tokenizer = TrainTransform(IMAGE_SIZE), build_tokenizer(TextTower())
+    batch = BatchConfig.model_validate({"global": MICRO_BATCH})
+    transform, tokenizer = TrainTransform(IMAGE_SIZE), build_tokenizer(TextTowerConfig())
     loader = TrainLoader(data, batch, transform, tokenizer, rank=0, world=1, seed=0)
     epochs = itertools.count()
 

@@ -22,9 +22,9 @@ import h5py
 import numpy as np
 import torch
 
-from convclip.data.feature_format import ArraySpec, estimate
-from convclip.data.feature_writer import FeatureWriter
-from convclip.data.features import FeatureStore
+from convclip.features.layout import ArraySpec, estimate
+from convclip.features.reader import FeatureStore
+from convclip.features.writer import FeatureWriter
 
 BATCH = 256
 CASES = {

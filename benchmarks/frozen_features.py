@@ -35,13 +35,13 @@ import deepspeed
 import open_clip
 import torch
 
+from convclip import run as engine_run
 from convclip.config import load_recipe
 from convclip.data.coco import read_coco
-from convclip.engine import run as engine_run
-from convclip.engine.extraction import Extraction, extract
 from convclip.engine.inputs import InputSource
-from convclip.engine.launcher import start_processes
 from convclip.engine.objective import Objective
+from convclip.engine.stored.extraction import Extraction, extract
+from convclip.engine.zero.launcher import start_processes
 from convclip.schema import Recipe
 
 REPOSITORY = Path(__file__).resolve().parent.parent

@@ -19,9 +19,9 @@ import torch
 from torch import Tensor, nn
 
 from convclip.config import load_recipe
-from convclip.engine.launcher import start_processes
-from convclip.engine.parameter_groups import Stage, training_stages
-from convclip.engine.rebuild import build_engine, rebuild_engine, take_snapshot
+from convclip.engine.stages.groups import Stage, training_stages
+from convclip.engine.zero.build import build_engine, rebuild_engine, take_snapshot
+from convclip.engine.zero.launcher import start_processes
 from convclip.losses.contrastive import clip_loss
 from convclip.models import build_model
 from convclip.schema import Recipe

@@ -27,11 +27,11 @@ import torch
 from safetensors.torch import save_file
 
 from convclip.config import load_recipe
-from convclip.data.frame_store import FrameStore
-from convclip.data.msrvtt import find_videos, read_video_ids
-from convclip.data.video import read_clip
-from convclip.models.xclip_teacher import XClipSize, XClipTeacher
 from convclip.schema import Recipe
+from convclip.video.decode import read_clip
+from convclip.video.frame_store import FrameStore
+from convclip.video.msrvtt import find_videos, read_video_ids
+from convclip.video.xclip_teacher import XClipSize, XClipTeacher
 
 REPOSITORY = Path(__file__).resolve().parent.parent
 # name: (locked, teacher, the student's own features)
@@ -74,10 +74,10 @@ def run_mode(mode: str, folder: Path, options: argparse.Namespace) -> dict[str, 
     """Train some steps; seconds of a step (wall and CPU) and peak memory in GiB."""
     from deepspeed.accelerator import get_accelerator
 
-    from convclip.engine.extraction import initial_model
     from convclip.engine.objective import VideoObjective
-    from convclip.engine.parameter_groups import training_stages
-    from convclip.engine.video_parts import open_video_inputs
+    from convclip.engine.stages.groups import training_stages
+    from convclip.engine.stored.extraction import initial_model
+    from convclip.video.video_parts import open_video_inputs
 
     torch.set_num_threads(options.threads)
     device, recipe = torch.device(get_accelerator().current_device_name()), recipe_of(folder, options, mode)

@@ -129,7 +129,7 @@ def _known_keys(place: Sequence[int | str]) -> list[str]:
 
 
 def _section_of(annotation: Any) -> Any:
-    """The Section class inside an annotation such as `Teacher | None` or `tuple[Unfreeze, ...]`."""
+    """The Section class inside an annotation such as `TeacherConfig | None` or `tuple[Unfreeze, ...]`."""
     if isinstance(annotation, type) and issubclass(annotation, Section):
         return annotation
     for inner in getattr(annotation, "__args__", ()):

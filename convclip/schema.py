@@ -28,7 +28,7 @@ class Section(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True, populate_by_name=True, allow_inf_nan=False)
 
 
-class ImageTower(Section):
+class ImageTowerConfig(Section):
     """The image tower. `head` is what turns the backbone's feature map into an embedding.
 
     `attention_pool`: timm AttentionPool2d straight to the embedding width (open_clip's `abs_attn`).
@@ -47,7 +47,7 @@ class ImageTower(Section):
     std: tuple[Positive, Positive, Positive] = (0.26862954, 0.26130258, 0.27577711)
 
 
-class TextTower(Section):
+class TextTowerConfig(Section):
     """The text tower: `clip` is open_clip's text transformer, `gpt2` Hugging Face GPT2Model + MLP projection."""
 
     kind: Literal["clip", "gpt2"] = "clip"
@@ -71,7 +71,7 @@ class TextTower(Section):
         return values
 
     @model_validator(mode="after")
-    def _heads_divide_width(self) -> TextTower:
+    def _heads_divide_width(self) -> TextTowerConfig:
         if self.width % self.heads:
             raise ValueError(f"width {self.width} is not a multiple of heads {self.heads}")
         return self
@@ -81,8 +81,8 @@ class Model(Section):
     """The dual tower. `pretrained` names one open_clip checkpoint that holds both towers."""
 
     embed_dim: int = Field(512, gt=0)
-    image: ImageTower = ImageTower()
-    text: TextTower = TextTower()
+    image: ImageTowerConfig = ImageTowerConfig()
+    text: TextTowerConfig = TextTowerConfig()
     pretrained: str | None = None
     init_logit_scale: float = math.log(1 / 0.07)
     # The sigmoid loss's bias; SigLIP starts it at -10, and init_logit_scale at ln 10 = 2.303. None: the model has none.
@@ -119,7 +119,7 @@ class Data(Section):
         return self
 
 
-class Batch(Section):
+class BatchConfig(Section):
     """Batch arithmetic: micro batch x accumulation x world = global batch.
 
     With `accumulation` k, each of k micro batches has a contrastive loss of its own. With `micro` set, the step is
@@ -133,7 +133,7 @@ class Batch(Section):
     keep_frozen_gib: float = Field(4.0, ge=0)
 
     @model_validator(mode="after")
-    def _one_way(self) -> Batch:
+    def _one_way(self) -> BatchConfig:
         if self.micro is not None and self.accumulation != 1:
             raise ValueError(
                 "micro (one loss over chunks) and accumulation (a loss per micro batch) exclude each other"
@@ -209,7 +209,7 @@ class Freezing(Section):
         return self
 
 
-class Teacher(Section):
+class TeacherConfig(Section):
     """Distillation from a frozen dual tower: cross-entropy between teacher and student logits, both ways."""
 
     # An open_clip model name, `local-dir:…` / `hf-hub:…`, or one of our exports.
@@ -319,11 +319,11 @@ class Recipe(Section):
     max_steps: int | None = Field(None, gt=0)
     model: Model = Model()
     data: Data = Data()
-    batch: Batch = Batch()
+    batch: BatchConfig = BatchConfig()
     optim: Optim = Optim()
     freezing: Freezing = Freezing()
     loss: Loss = Loss()
-    teacher: Teacher | None = None
+    teacher: TeacherConfig | None = None
     head_alignment: HeadAlignment | None = None
     video: Video | None = None
     features: Features = Features()

@@ -28,8 +28,8 @@ def main() -> int:
     """Exit code 0, or 2 with one line on a user's mistake."""
     arguments = parse_arguments()
     try:
-        from convclip.engine.launcher import start_processes
-        from convclip.engine.run import evaluate_checkpoint
+        from convclip.engine.zero.launcher import start_processes
+        from convclip.run import evaluate_checkpoint
 
         start_processes()
         evaluate_checkpoint(

@@ -37,11 +37,11 @@ def print_recipes() -> None:
 
 def print_plan(recipe: Recipe, ds_config: str | None, as_json: bool, plot: Path | None) -> None:
     """The plan, on a meta device: no data, no weights, no process group."""
-    from convclip.engine.plan import format_plan, make_plan, plot_plan
+    from convclip.engine.plan.plan import format_plan, make_plan, plot_plan
 
     config = None
     if ds_config is not None:
-        from convclip.engine.ds_config import load_ds_config
+        from convclip.engine.zero.ds_config import load_ds_config
 
         config = load_ds_config(ds_config)
     plan = make_plan(recipe, config, int(os.environ.get("WORLD_SIZE", "1")))
@@ -55,8 +55,8 @@ def train(recipe: Recipe, arguments: argparse.Namespace) -> None:
     for flag in ("ds_config", "train_data", "output_dir"):
         if getattr(arguments, flag) is None:
             raise UserError(f"--{flag} is needed to train")
-    from convclip.engine.launcher import start_processes
-    from convclip.engine.run import train_recipe
+    from convclip.engine.zero.launcher import start_processes
+    from convclip.run import train_recipe
 
     start_processes()
     train_recipe(recipe, arguments.ds_config, arguments.output_dir, arguments.resume)

@@ -10,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from convclip.config import list_recipes, load_recipe
-from convclip.schema import Batch, UserError
+from convclip.schema import BatchConfig, UserError
 
 # The seed's runs, typed from its documents: what each experiment is, whatever the schema's defaults are.
 # name: (backbone, head, embed, text kind, text width, lr, epochs, warm-up, locked, events, new lr scale)
@@ -237,7 +237,7 @@ def test_a_file_takes_its_own_name_and_the_defaults(tmp_path):
 
 @given(st.integers(1, 600), st.integers(1, 9), st.one_of(st.none(), st.integers(1, 64)), st.integers(1, 9))
 def test_batch_arithmetic_is_exact_or_refused(total, accumulation, micro, world):
-    batch = Batch(global_=total, micro=micro, accumulation=1 if micro else accumulation)
+    batch = BatchConfig(global_=total, micro=micro, accumulation=1 if micro else accumulation)
     fits = total % (world * (micro or accumulation)) == 0
     if fits:
         size, count = batch.per_rank(world)

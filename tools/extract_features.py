@@ -41,7 +41,7 @@ def extract(recipe: Recipe, arguments: argparse.Namespace) -> None:
             raise UserError("--kind xclip: --teacher is needed, the X-CLIP checkpoint")
         if arguments.verify:
             raise UserError("--verify is for image recipes")
-        from convclip.engine.video_extraction import run_xclip_extraction
+        from convclip.video.video_extraction import run_xclip_extraction
 
         run_xclip_extraction(recipe, arguments.output, arguments.teacher, arguments.precision)
         return
@@ -50,11 +50,11 @@ def extract(recipe: Recipe, arguments: argparse.Namespace) -> None:
     if recipe.video is not None:
         if arguments.verify:
             raise UserError("--verify is for image recipes")
-        from convclip.engine.video_extraction import run_towers_extraction
+        from convclip.video.video_extraction import run_towers_extraction
 
         run_towers_extraction(recipe, arguments.output, arguments.precision)
         return
-    from convclip.engine.extraction import run_extraction
+    from convclip.engine.stored.extraction import run_extraction
 
     run_extraction(recipe, arguments.output, arguments.precision, arguments.verify)
 

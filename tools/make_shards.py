@@ -57,8 +57,8 @@ def make_shards(args: argparse.Namespace) -> None:
 def make_frame_store(args: argparse.Namespace) -> None:
     """Decode the videos of the split CSVs once, into a frame store."""
     # They import torch, which would take each process that packs pictures some seconds.
-    from convclip.data.frame_store import FrameSettings, write_frame_store
-    from convclip.data.msrvtt import find_videos, read_video_ids
+    from convclip.video.frame_store import FrameSettings, write_frame_store
+    from convclip.video.msrvtt import find_videos, read_video_ids
 
     for name in ("workers", "frames", "fps", "resize"):
         value = getattr(args, name)

@@ -23,7 +23,7 @@ from convclip.data.samples import BrokenSample, SampleSource, decode_image
 from convclip.data.shard_table import ShardTable
 from convclip.data.tokenizers import Tokenizer
 from convclip.data.transforms import Views, stack_images
-from convclip.schema import Batch, Data, UserError
+from convclip.schema import BatchConfig, Data, UserError
 
 Transform = Callable[[Image.Image, np.random.Generator], torch.Tensor]
 
@@ -97,7 +97,7 @@ class EpochLoader:
         source: Rowed,
         dataset: Dataset,
         data: Data,
-        batch: Batch,
+        batch: BatchConfig,
         rank: int,
         world: int,
         seed: int,
@@ -190,7 +190,7 @@ class TrainLoader(EpochLoader):
     def __init__(
         self,
         data: Data,
-        batch: Batch,
+        batch: BatchConfig,
         transform: Transform,
         tokenizer: Tokenizer,
         rank: int,

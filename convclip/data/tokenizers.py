@@ -17,7 +17,7 @@ from convclip import schema
 Tokenizer = Callable[[list[str]], torch.Tensor]
 
 
-def build_tokenizer(tower: schema.TextTower) -> Tokenizer:
+def build_tokenizer(tower: schema.TextTowerConfig) -> Tokenizer:
     """A callable `list[str] -> int64 [B, T]` for the text tower; it can be sent to data workers.
 
     Raises:
@@ -57,7 +57,7 @@ class EndTokenTokenizer:
         return tokens_BT
 
 
-def _load_hugging_face(tower: schema.TextTower) -> Any:
+def _load_hugging_face(tower: schema.TextTowerConfig) -> Any:
     # Fast tokenizers warn when used after the data workers fork; the workers are the parallelism here.
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     from transformers import AutoTokenizer, GPT2TokenizerFast
@@ -86,7 +86,7 @@ def _load_hugging_face(tower: schema.TextTower) -> Any:
     return tokenizer
 
 
-def _check_vocabulary(tower: schema.TextTower, size: int) -> None:
+def _check_vocabulary(tower: schema.TextTowerConfig, size: int) -> None:
     if size > tower.vocab_size:
         raise schema.UserError(
             f"model.text.vocab_size is {tower.vocab_size}, but tokenizer {tower.tokenizer} has {size} ids: "

@@ -9,11 +9,11 @@ import torch
 from convclip.data.evaluation_set import load_evaluation_set
 from convclip.data.tokenizers import build_tokenizer
 from convclip.data.transforms import EvalTransform
-from convclip.data.video_loader import load_video_set
 from convclip.evaluation.embedding import Encode, evaluate
 from convclip.evaluation.report import format_table
-from convclip.evaluation.video_embedding import evaluate_videos, format_video_table, start_is_lost
 from convclip.schema import Recipe
+from convclip.video.clip_loader import load_video_set
+from convclip.video.video_evaluation import evaluate_videos, format_video_table, start_is_lost
 
 
 class ImageEvaluation:

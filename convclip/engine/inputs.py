@@ -14,9 +14,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from convclip.data.features import FeatureStore, view_ids
 from convclip.data.transforms import normalize
-from convclip.engine.frozen import FrozenWork
+from convclip.engine.stored.frozen import FrozenWork
+from convclip.features.reader import FeatureStore, view_ids
 from convclip.models.dual_tower import INPUT, Cut
 from convclip.models.teacher import Teacher
 from convclip.models.text_tower import TextPrefix

@@ -10,13 +10,13 @@ import torch
 from torch import Tensor
 
 from convclip.engine.inputs import Inputs
-from convclip.engine.video_inputs import VideoInputs
 from convclip.losses.contrastive import clip_loss, siglip_loss
 from convclip.losses.distillation import distillation_loss
 from convclip.losses.head_alignment import head_alignment_loss
-from convclip.losses.teachclip import stuck_at_chance, teachclip_loss
-from convclip.models.temporal import frame_mask
-from convclip.schema import HeadAlignment, Recipe, Teacher
+from convclip.schema import HeadAlignment, Recipe, TeacherConfig
+from convclip.video.teachclip_loss import stuck_at_chance, teachclip_loss
+from convclip.video.temporal import frame_mask
+from convclip.video.video_inputs import VideoInputs
 
 # Logged steps in a row at chance that make a collapse.
 STUCK_STEPS = 10
@@ -54,7 +54,7 @@ class Objective:
             total = total + recipe.head_alignment.weight * losses["head_alignment"]
         return {"total": total, **losses}
 
-    def is_on(self, part: Teacher | HeadAlignment | None) -> bool:
+    def is_on(self, part: TeacherConfig | HeadAlignment | None) -> bool:
         """Whether the recipe has this loss and the run has not come to its end step."""
         return part is not None and (part.end_step is None or self.step < part.end_step)
 

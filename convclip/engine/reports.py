@@ -10,7 +10,7 @@ from torch import Tensor
 
 from convclip.distributed import all_reduce_mean
 from convclip.engine.meters import clock, memory_gib
-from convclip.engine.parameter_groups import Stage, describe_amount
+from convclip.engine.stages.groups import Stage, describe_amount
 from convclip.models.layer_groups import parameter_counts
 from convclip.schema import Recipe, Unfreeze
 

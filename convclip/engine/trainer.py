@@ -14,7 +14,18 @@ from torch import Tensor, nn
 
 from convclip.data.loader import EpochLoader
 from convclip.distributed import rank, world_size
-from convclip.engine.checkpoint import (
+from convclip.engine.evaluations import ImageEvaluation
+from convclip.engine.inputs import Inputs, InputSource
+from convclip.engine.meters import LossWatch, RunLog, StepClock, logger, memory_gib, on_accelerator
+from convclip.engine.objective import Objective, VideoObjective
+from convclip.engine.plan.memory import check_estimate
+from convclip.engine.reports import step_figures, summary_report, unfreeze_report
+from convclip.engine.stages.groups import event_starts, reached_stages, training_stages
+from convclip.engine.stages.schedule import LearningRates
+from convclip.engine.steps import accumulated_step, chunked_step
+from convclip.engine.trial import try_full_step
+from convclip.engine.zero.build import build_engine, dismantle, rebuild_engine
+from convclip.engine.zero.checkpoint import (
     RunState,
     load_checkpoint,
     load_weights,
@@ -24,22 +35,11 @@ from convclip.engine.checkpoint import (
     save_checkpoint,
     save_locked,
 )
-from convclip.engine.ds_config import precision, zero_stage
-from convclip.engine.evaluations import ImageEvaluation
-from convclip.engine.inputs import Inputs, InputSource
-from convclip.engine.memory import check_estimate
-from convclip.engine.meters import LossWatch, RunLog, StepClock, logger, memory_gib, on_accelerator
-from convclip.engine.objective import Objective, VideoObjective
-from convclip.engine.parameter_groups import event_starts, reached_stages, training_stages
-from convclip.engine.rebuild import build_engine, dismantle, rebuild_engine
-from convclip.engine.reports import step_figures, summary_report, unfreeze_report
-from convclip.engine.schedule import LearningRates
-from convclip.engine.shards import clamp_parameter, optimizer_shards
-from convclip.engine.steps import accumulated_step, chunked_step
-from convclip.engine.trial import try_full_step
-from convclip.engine.video_inputs import VideoInputs, VideoSource
+from convclip.engine.zero.ds_config import precision, zero_stage
+from convclip.engine.zero.masters import clamp_parameter, optimizer_shards
 from convclip.models.layer_groups import frozen_cut, parameter_counts
 from convclip.schema import Recipe
+from convclip.video.video_inputs import VideoInputs, VideoSource
 
 
 class Trainer:

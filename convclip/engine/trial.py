@@ -12,11 +12,11 @@ from deepspeed.accelerator import get_accelerator
 
 from convclip.distributed import world_size
 from convclip.engine.inputs import InputSource
-from convclip.engine.memory import GIB, estimate_stage, longest_captions
 from convclip.engine.meters import logger, memory_gib
-from convclip.engine.parameter_groups import Stage
-from convclip.engine.rebuild import OptimizerSnapshot, restore_snapshot, take_snapshot
+from convclip.engine.plan.memory import GIB, estimate_stage, longest_captions
+from convclip.engine.stages.groups import Stage
 from convclip.engine.steps import RandomState
+from convclip.engine.zero.build import OptimizerSnapshot, restore_snapshot, take_snapshot
 from convclip.schema import Recipe, UserError
 
 

@@ -13,7 +13,7 @@ from convclip.data.evaluation_set import PADDING, EvaluationSet
 from convclip.data.transforms import normalize
 from convclip.distributed import gather, gather_objects, is_main, rank, world_size
 from convclip.evaluation.retrieval import rowwise_recall, standard_recall, validation_loss
-from convclip.schema import ImageTower
+from convclip.schema import ImageTowerConfig
 
 # (images=…) or (texts=…) -> (image features or None, text features or None, exp(logit_scale), …), unit length.
 Encode = Callable[..., tuple[Any, ...]]
@@ -23,7 +23,7 @@ Encode = Callable[..., tuple[Any, ...]]
 def embed(
     encode: Encode,
     dataset: EvaluationSet,
-    image_tower: ImageTower,
+    image_tower: ImageTowerConfig,
     device: torch.device,
     dtype: torch.dtype,
     batch: int = 128,
@@ -55,7 +55,7 @@ def embed(
 def evaluate(
     encode: Encode,
     dataset: EvaluationSet,
-    image_tower: ImageTower,
+    image_tower: ImageTowerConfig,
     device: torch.device,
     dtype: torch.dtype,
     batch: int = 128,

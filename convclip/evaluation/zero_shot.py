@@ -28,7 +28,7 @@ from convclip.data.tokenizers import Tokenizer
 from convclip.data.transforms import normalize
 from convclip.distributed import gather, is_main, rank, world_size
 from convclip.evaluation.embedding import Encode
-from convclip.schema import ImageTower, UserError
+from convclip.schema import ImageTowerConfig, UserError
 
 SUFFIXES = {".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff"}
 
@@ -77,7 +77,7 @@ def zero_shot_accuracy(
     dataset: ZeroShotSet,
     transform: Transform,
     tokenizer: Tokenizer,
-    image_tower: ImageTower,
+    image_tower: ImageTowerConfig,
     device: torch.device,
     dtype: torch.dtype,
     batch: int = 128,

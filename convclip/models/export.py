@@ -28,7 +28,7 @@ from convclip.models.weights import CONFIG_FILE, load_exact
 from convclip.schema import UserError
 
 OUR_CONFIG = "convclip_model.json"
-# schema.ImageTower.head -> open_clip's (timm_pool, timm_proj)
+# schema.ImageTowerConfig.head -> open_clip's (timm_pool, timm_proj)
 _HEADS = {"attention_pool": ("abs_attn", ""), "attention_pool_linear": ("abs_attn", "linear")}
 _AVERAGE = ("", "linear")
 

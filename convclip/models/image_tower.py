@@ -95,14 +95,14 @@ class CuttableTower(nn.Module):
 
 
 class ImageTower(CuttableTower):
-    """A timm backbone with a two-dimensional feature map and one of three heads (`schema.ImageTower.head`).
+    """A timm backbone with a two-dimensional feature map and one of three heads (`schema.ImageTowerConfig.head`).
 
     ConvNeXt trunks can be cut at every layer group of timm's `group_matcher`; others only at 0 and at their end.
     `channels_last` stays off: on CPU (one thread, convnextv2_tiny at 224 px, batch 8, forward and backward) it took
     0.94x the time in float32 and 1.08x in bfloat16, within noise of none at all. Try it where there is a GPU.
     """
 
-    def __init__(self, config: schema.ImageTower, embed_dim: int):
+    def __init__(self, config: schema.ImageTowerConfig, embed_dim: int):
         """Random weights. Errors: UserError when the backbone is unknown or has no feature map for the head."""
         super().__init__()
         self.trunk = build_trunk(config)
@@ -176,7 +176,7 @@ class ResNetTower(CuttableTower, ModifiedResNet):
         return self.forward_from(features, self.groups)
 
 
-def build_image_tower(config: schema.ImageTower, embed_dim: int) -> ImageTower | ResNetTower:
+def build_image_tower(config: schema.ImageTowerConfig, embed_dim: int) -> ImageTower | ResNetTower:
     """The tower that `config` describes, with random weights; works under `torch.device("meta")`."""
     sizes = resnet_sizes(config.backbone)
     if sizes is None:
@@ -197,7 +197,7 @@ def resnet_sizes(backbone: str) -> dict | None:
     return sizes if isinstance(sizes.get("layers"), list) else None
 
 
-def build_trunk(config: schema.ImageTower, pretrained: bool = False) -> nn.Module:
+def build_trunk(config: schema.ImageTowerConfig, pretrained: bool = False) -> nn.Module:
     """The timm backbone without its classifier; without its pool too when the head is an attention pool.
 
     `pretrained` fetches timm's released weights. Errors: UserError when timm does not know the name, or the backbone's

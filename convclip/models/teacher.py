@@ -19,7 +19,7 @@ from convclip.schema import UserError
 WHOLE_MODELS = ("local-dir:", "hf-hub:")
 
 
-def weights_sha256(config: schema.Teacher) -> str:
+def weights_sha256(config: schema.TeacherConfig) -> str:
     """What identifies a teacher's weights without loading it: the hash of its files, or the name of a release."""
     folder = Path(config.model.removeprefix("local-dir:"))
     if config.model.startswith("local-dir:") and folder.is_dir():
@@ -37,7 +37,7 @@ class Teacher(nn.Module):
     Errors: UserError when the model is unknown or its weights cannot be had.
     """
 
-    def __init__(self, config: schema.Teacher) -> None:
+    def __init__(self, config: schema.TeacherConfig) -> None:
         super().__init__()
         if config.pretrained is None and not config.model.startswith(WHOLE_MODELS):
             raise UserError(

@@ -99,7 +99,7 @@ class Gpt2Text(CuttableText):
     Names follow open_clip's HFTextEncoder: `transformer.*` and `proj.*`. GPT-2's dropout (0.1) is kept.
     """
 
-    def __init__(self, config: schema.TextTower, embed_dim: int):
+    def __init__(self, config: schema.TextTowerConfig, embed_dim: int):
         super().__init__()
         from transformers import GPT2Config, GPT2Model  # slow to import, and only needed here
 
@@ -155,7 +155,7 @@ class Gpt2Text(CuttableText):
             getattr(self.transformer, f"{name}_checkpointing_disable")()
 
 
-def build_text_tower(config: schema.TextTower, embed_dim: int) -> ClipText | Gpt2Text:
+def build_text_tower(config: schema.TextTowerConfig, embed_dim: int) -> ClipText | Gpt2Text:
     """The tower that `config` describes, with random weights; works under `torch.device("meta")`."""
     if config.kind == "gpt2":
         return Gpt2Text(config, embed_dim)

@@ -116,7 +116,7 @@ def _head_parts(names: Iterable[str]) -> set[str]:
     return {name.split(".")[2] for name in names if name.startswith("visual.head.")}
 
 
-def _image_tensors(model: DualTower, config: schema.ImageTower) -> Tensors:
+def _image_tensors(model: DualTower, config: schema.ImageTowerConfig) -> Tensors:
     """The image tower's tensors from timm's release, a timm file, or the image part of an open_clip checkpoint."""
     source = config.pretrained or ""
     if source == "timm":
@@ -139,7 +139,7 @@ def _image_tensors(model: DualTower, config: schema.ImageTower) -> Tensors:
     return _under("visual.trunk.", trunk)
 
 
-def _text_tensors(model: DualTower, config: schema.TextTower) -> Tensors:
+def _text_tensors(model: DualTower, config: schema.TextTowerConfig) -> Tensors:
     """The text tower's tensors from the text part of a whole checkpoint, or from a GPT-2 file."""
     raw = read_weights(config.pretrained or "")
     if config.kind == "clip" or any(name.startswith("text.") for name in raw):

@@ -15,14 +15,14 @@ from PIL import Image
 from convclip.data.loader import TrainLoader
 from convclip.data.shard_table import ShardTable
 from convclip.data.transforms import TrainTransform
-from convclip.schema import Batch, Data, UserError
+from convclip.schema import BatchConfig, Data, UserError
 from tests.data.makers import GREY_STEP, caption, jpeg, noise_jpeg, picture, read_back, sample, write_shards, write_tar
 
 
 def _loader(train, tmp_path, global_batch=6, rank=0, world=1, transform=None, seed=0, batch=None, **settings):
     settings = {"workers": 0, "shuffle_shards": 2, "cache_folder": str(tmp_path / "cache"), **settings}
     data = Data(train=str(train), **settings)
-    batch = Batch.model_validate({"global": global_batch, **(batch or {})})
+    batch = BatchConfig.model_validate({"global": global_batch, **(batch or {})})
     return TrainLoader(data, batch, transform or TrainTransform(16), read_back, rank, world, seed)
 
 
@@ -235,7 +235,7 @@ def test_user_errors(tmp_path):
     with pytest.raises(UserError, match=r"30 rows per epoch, fewer than one global batch.*now 31"):
         _loader(write_shards(tmp_path, [6]), tmp_path, global_batch=31)
     with pytest.raises(UserError, match=r"data.train is not set"):
-        TrainLoader(Data(), Batch(), TrainTransform(16), read_back, 0, 1, 0)
+        TrainLoader(Data(), BatchConfig(), TrainTransform(16), read_back, 0, 1, 0)
 
 
 def test_dataset_can_be_sent_to_spawned_workers(tmp_path):

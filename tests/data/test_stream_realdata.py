@@ -12,7 +12,7 @@ from convclip.data.evaluation_set import load_evaluation_set
 from convclip.data.loader import TrainLoader
 from convclip.data.tokenizers import build_tokenizer
 from convclip.data.transforms import EvalTransform, TrainTransform, normalize
-from convclip.schema import Batch, Data, ImageTower, TextTower
+from convclip.schema import BatchConfig, Data, ImageTowerConfig, TextTowerConfig
 from tests.data.makers import write_tar
 
 CASES = [("coco", "train2017", 30), ("flickr8k", "train", 60)]
@@ -47,8 +47,8 @@ def _shards(folder: Path, found: dict) -> str:
 def test_real_pictures(realdata, tmp_path, name, split, images):
     found = _annotations(realdata, name, split, images)
     data = Data(train=_shards(tmp_path, found), workers=2, cache_folder=str(tmp_path / "cache"))
-    tokenizer = build_tokenizer(TextTower())
-    loader = TrainLoader(data, Batch.model_validate({"global": 30}), TrainTransform(64), tokenizer, 0, 1, 0)
+    tokenizer = build_tokenizer(TextTowerConfig())
+    loader = TrainLoader(data, BatchConfig.model_validate({"global": 30}), TrainTransform(64), tokenizer, 0, 1, 0)
     assert loader.rows_per_epoch == sum(len(captions) for _, captions, _ in found.values()) >= 5 * images
     text_of = {number: text for _, texts, ids in found.values() for text, number in zip(texts, ids, strict=True)}
     seen = []
@@ -61,7 +61,7 @@ def test_real_pictures(realdata, tmp_path, name, split, images):
     loaded = load_evaluation_set(data.train, data, EvalTransform(64), tokenizer)
     assert len(loaded) == images and loaded.broken == [] and set(loaded.caption_ids.tolist()) == set(text_of)
     theirs = image_transform_v2(PreprocessCfg(size=64), is_train=False)
-    tower = ImageTower()
+    tower = ImageTowerConfig()
     for numbers, pixels in loaded.image_batches(0, 1, 16):
         ours = normalize(pixels, tower.mean, tower.std)
         paths = [found[loaded.image_ids[number].item()][0] for number in numbers]

@@ -10,7 +10,7 @@ from tokenizers import pre_tokenizers
 from transformers import GPT2TokenizerFast
 
 from convclip.data.tokenizers import build_tokenizer
-from convclip.schema import TextTower, UserError
+from convclip.schema import TextTowerConfig, UserError
 
 END = "<|endoftext|>"
 
@@ -29,15 +29,15 @@ def _write_gpt2(folder, words):
 
 
 def _tower(folder, length=6, vocab_size=50257):
-    return TextTower(kind="gpt2", tokenizer=str(folder), context_length=length, vocab_size=vocab_size)
+    return TextTowerConfig(kind="gpt2", tokenizer=str(folder), context_length=length, vocab_size=vocab_size)
 
 
 def test_open_clip_tokens():
     texts = ["A man riding a wave.", "", "caf\u00e9 " * 100]
-    tokens = build_tokenizer(TextTower())(texts)
+    tokens = build_tokenizer(TextTowerConfig())(texts)
     assert tokens.dtype == torch.int64 and tokens.shape == (3, 77)
     assert torch.equal(tokens, open_clip.get_tokenizer("ViT-B-32")(texts))
-    assert build_tokenizer(TextTower(context_length=32))(texts).shape == (3, 32)
+    assert build_tokenizer(TextTowerConfig(context_length=32))(texts).shape == (3, 32)
 
 
 def test_gpt2_rows_end_with_the_end_token(gpt2_folder):
@@ -65,13 +65,13 @@ def test_saved_folder_gives_the_same_tokens(gpt2_folder, tmp_path):
 
 def test_user_errors(gpt2_folder, tmp_path):
     with pytest.raises(UserError, match=r"'gpt2' is no folder.*give a folder"):
-        build_tokenizer(TextTower(kind="gpt2"))
+        build_tokenizer(TextTowerConfig(kind="gpt2"))
     with pytest.raises(UserError, match="holds no readable tokenizer"):
         build_tokenizer(_tower(tmp_path))
     with pytest.raises(UserError, match=r"vocab_size is 100, but .* has 259 ids"):
         build_tokenizer(_tower(gpt2_folder, vocab_size=100))
     with pytest.raises(UserError, match="vocab_size"):
-        build_tokenizer(TextTower(vocab_size=1000))
+        build_tokenizer(TextTowerConfig(vocab_size=1000))
 
 
 def test_end_token_must_be_the_highest_id(tmp_path):

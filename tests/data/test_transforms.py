@@ -9,10 +9,10 @@ from torchvision.transforms import InterpolationMode, RandomResizedCrop
 from torchvision.transforms import functional as F
 
 from convclip.data.transforms import EvalTransform, TrainTransform, normalize, random_crop_box, stack_images
-from convclip.schema import ImageTower
+from convclip.schema import ImageTowerConfig
 
 MODES = ("RGB", "L", "RGBA", "CMYK", "P", "LA", "1")
-TOWER = ImageTower()
+TOWER = ImageTowerConfig()
 
 
 def _picture(width: int, height: int, mode: str = "RGB") -> Image.Image:

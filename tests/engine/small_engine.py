@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from convclip.engine.parameter_groups import Group
+from convclip.engine.stages.groups import Group
 from convclip.schema import Optim
 
 STEPS, BATCH, ACCUMULATION, CLIP = 30, 8, 2, 0.5
@@ -116,7 +116,7 @@ def train_step(engine: Any, step: int) -> None:
 
 def deepspeed_run(config: dict[str, Any], every: int = 0, steps: int = STEPS) -> tuple[dict[str, Tensor], Any]:
     """Train by DeepSpeed with a rebuild at each event, and every so many steps besides; (masters, engine)."""
-    from convclip.engine.rebuild import build_engine, rebuild_engine
+    from convclip.engine.zero.build import build_engine, rebuild_engine
 
     model = SmallModel()
     values = {name: parameter.detach().clone() for name, parameter in model.named_parameters()}
@@ -135,7 +135,7 @@ def deepspeed_run(config: dict[str, Any], every: int = 0, steps: int = STEPS) ->
 
 def masters(engine: Any) -> dict[str, Tensor]:
     """All fp32 masters by parameter name, full, gathered over ranks."""
-    from convclip.engine.shards import is_replicated, optimizer_shards
+    from convclip.engine.zero.masters import is_replicated, optimizer_shards
 
     shapes = {name: parameter.shape for name, parameter in SmallModel().named_parameters()}
     full = {name: torch.zeros(shape.numel()) for name, shape in shapes.items()}
@@ -174,7 +174,7 @@ def _worker(rank: int, world: int, port: int, target: Callable[..., Any], argume
         RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(world), MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port)
     )
     torch.set_num_threads(1)
-    from convclip.engine.launcher import start_processes
+    from convclip.engine.zero.launcher import start_processes
 
     start_processes()
     result = target(*arguments)

@@ -83,7 +83,7 @@ def train_alone(*arguments: str) -> subprocess.CompletedProcess:
 def train_here(files: str, output: str, stage: int, overrides: tuple[str, ...] = (), resume: str = "never") -> Any:
     """Train in this process group by the Python entry point; the summary."""
     from convclip.config import load_recipe
-    from convclip.engine.run import train_recipe
+    from convclip.run import train_recipe
 
     given = arguments(Path(files), Path(output), ds_config=f"zero{stage}_fp32")
     data = [f"data.train={given[7]}", f"data.val={given[9]}"]
@@ -93,6 +93,6 @@ def train_here(files: str, output: str, stage: int, overrides: tuple[str, ...] =
 
 def weights_of(run_folder: Path) -> dict[str, torch.Tensor]:
     """Full fp32 weights of a run's latest checkpoint."""
-    from convclip.engine.checkpoint import read_weights
+    from convclip.engine.zero.checkpoint import read_weights
 
     return read_weights(run_folder / (run_folder / "latest").read_text().strip())

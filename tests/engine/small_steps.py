@@ -16,12 +16,12 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from convclip.distributed import gather_objects, rank, world_size
-from convclip.engine.ds_config import precision
 from convclip.engine.inputs import Inputs
-from convclip.engine.parameter_groups import Stage, training_stages
-from convclip.engine.rebuild import build_engine, rebuild_engine
-from convclip.engine.shards import is_replicated, optimizer_shards
+from convclip.engine.stages.groups import Stage, training_stages
 from convclip.engine.steps import RandomState, chunked_step
+from convclip.engine.zero.build import build_engine, rebuild_engine
+from convclip.engine.zero.ds_config import precision
+from convclip.engine.zero.masters import is_replicated, optimizer_shards
 from convclip.losses.contrastive import clip_loss, siglip_loss
 from convclip.models import build_model
 from convclip.models.dual_tower import DualTower

@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from convclip.engine.inputs import Inputs
-from convclip.engine.parameter_groups import training_stages
+from convclip.engine.stages.groups import training_stages
 from convclip.engine.steps import chunked_step
 from convclip.models.dual_tower import INPUT, Cut, DualTower
 from convclip.models.layer_groups import frozen_cut

@@ -81,7 +81,7 @@ def test_an_exported_run_embeds_the_same_in_open_clip(launched, files, tmp_path)
     import open_clip
 
     from convclip.config import load_recipe
-    from convclip.engine.checkpoint import load_weights
+    from convclip.engine.zero.checkpoint import load_weights
     from convclip.models import build_model
 
     _, output = launched

@@ -8,7 +8,7 @@ from convclip.data.evaluation_set import load_evaluation_set
 from convclip.data.transforms import EvalTransform, normalize
 from convclip.evaluation.embedding import embed, evaluate
 from convclip.evaluation.retrieval import rowwise_recall, standard_recall, validation_loss
-from convclip.schema import Data, ImageTower
+from convclip.schema import Data, ImageTowerConfig
 from tests.evaluation.small_model import SIZE, WORDS, SmallModel, numbers_of, read_pictures, write_noise
 from tests.worlds import run_in_world
 
@@ -28,9 +28,9 @@ def write_set(folder, images, captions):
 def embed_and_evaluate(address, batch):
     distributed.barrier()
     dataset, model = load_evaluation_set(address, Data(workers=0), EvalTransform(SIZE), numbers_of), SmallModel()
-    embedded = embed(model, dataset, ImageTower(), CPU, torch.float32, batch)
+    embedded = embed(model, dataset, ImageTowerConfig(), CPU, torch.float32, batch)
     batches, model.batches = model.batches, []
-    figures = evaluate(model, dataset, ImageTower(), CPU, torch.float32, batch)
+    figures = evaluate(model, dataset, ImageTowerConfig(), CPU, torch.float32, batch)
     assert model.batches == batches
     return [x.numpy() for x in embedded], batches, figures, torch.is_grad_enabled()
 
@@ -38,7 +38,7 @@ def embed_and_evaluate(address, batch):
 def test_one_rank_and_two_agree_with_doing_it_by_hand(tmp_path):
     address = write_set(tmp_path, 11, 4)
     dataset = load_evaluation_set(address, Data(workers=0), EvalTransform(SIZE), numbers_of)
-    model, tower = SmallModel(), ImageTower()
+    model, tower = SmallModel(), ImageTowerConfig()
     pixels = read_pictures([tmp_path / f"{i}.png" for i in range(11)])
     images, _, scale, _ = model(images=normalize(pixels, tower.mean, tower.std))
     texts = model(texts=numbers_of(dataset.captions))[1]

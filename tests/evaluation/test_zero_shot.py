@@ -5,7 +5,7 @@ import torch
 
 from convclip.data.transforms import EvalTransform, normalize
 from convclip.evaluation.zero_shot import load_zero_shot_set, zero_shot_accuracy
-from convclip.schema import ImageTower, UserError
+from convclip.schema import ImageTowerConfig, UserError
 from tests.evaluation.small_model import SIZE, SmallModel, numbers_of, read_pictures, write_noise
 from tests.worlds import run_in_world
 
@@ -23,7 +23,7 @@ def write_set(folder, counts=(5, 4, 6, 5, 4, 3, 6)):
 
 
 def accuracy_of(folder, batch, encode=None):
-    tower = ImageTower(image_size=SIZE)
+    tower = ImageTowerConfig(image_size=SIZE)
     loaded, transform = load_zero_shot_set(folder), EvalTransform(SIZE)
     return zero_shot_accuracy(
         encode or SmallModel(), loaded, transform, numbers_of, tower, CPU, torch.float32, batch=batch
@@ -33,7 +33,7 @@ def accuracy_of(folder, batch, encode=None):
 @pytest.mark.parametrize("batch", [4, 100])
 def test_equals_open_clips_classifier(tmp_path, batch):
     build_zero_shot_classifier = pytest.importorskip("open_clip").build_zero_shot_classifier
-    loaded, model, tower = load_zero_shot_set(write_set(tmp_path)), SmallModel(), ImageTower()
+    loaded, model, tower = load_zero_shot_set(write_set(tmp_path)), SmallModel(), ImageTowerConfig()
     assert loaded.names == [str(11 + c) for c in range(7)]
     assert loaded.prompts()[:4] == ["1 2 11", "11 3", "4 11 5", "1 2 12"]
     classifier = build_zero_shot_classifier(model, numbers_of, loaded.names, loaded.templates)

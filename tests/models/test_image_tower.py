@@ -18,7 +18,7 @@ OPEN_CLIP_HEADS = {
 
 def tower(backbone: str = "convnextv2_atto", embed_dim: int = 32, **options):
     torch.manual_seed(0)
-    return build_image_tower(schema.ImageTower(backbone=backbone, image_size=64, **options), embed_dim)
+    return build_image_tower(schema.ImageTowerConfig(backbone=backbone, image_size=64, **options), embed_dim)
 
 
 def small_resnet() -> ResNetTower:
@@ -50,7 +50,7 @@ def test_resnet_names_and_embeddings_are_open_clips():
 @pytest.mark.parametrize(("name", "width"), [("RN50", 64), ("RN101", 64), ("RN50x4", 80)])
 def test_resnet_sizes_come_from_open_clip(name, width):
     with torch.device("meta"):
-        model = build_image_tower(schema.ImageTower(backbone=name, image_size=288), 512)
+        model = build_image_tower(schema.ImageTowerConfig(backbone=name, image_size=288), 512)
     assert model.conv3.out_channels == width
     assert model.attnpool.num_heads == width * 32 // 64
     assert model.attnpool.positional_embedding.shape[0] == 82
@@ -158,8 +158,8 @@ def test_float_images_suit_a_half_precision_tower():
 def test_impossible_towers_are_refused_in_one_line(options, message):
     with torch.device("meta"):
         if message is None:
-            build_image_tower(schema.ImageTower(**options), 32)
+            build_image_tower(schema.ImageTowerConfig(**options), 32)
             return
         with pytest.raises(schema.UserError, match=message) as caught:
-            build_image_tower(schema.ImageTower(**options), 32)
+            build_image_tower(schema.ImageTowerConfig(**options), 32)
     assert "\n" not in str(caught.value)

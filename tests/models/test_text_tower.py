@@ -10,11 +10,11 @@ from transformers import GPT2Config, GPT2Model
 from convclip import schema
 from convclip.models.text_tower import ClipText, Gpt2Text, build_text_tower, cut_to_longest
 
-CLIP = schema.TextTower(width=32, heads=4, layers=3, vocab_size=100, context_length=20)
-GPT2 = schema.TextTower(kind="gpt2", width=32, heads=4, layers=3, vocab_size=100, context_length=20)
+CLIP = schema.TextTowerConfig(width=32, heads=4, layers=3, vocab_size=100, context_length=20)
+GPT2 = schema.TextTowerConfig(kind="gpt2", width=32, heads=4, layers=3, vocab_size=100, context_length=20)
 
 
-def tower(config: schema.TextTower):
+def tower(config: schema.TextTowerConfig):
     torch.manual_seed(0)
     return build_text_tower(config, 24)
 
@@ -56,7 +56,7 @@ def test_gpt2_is_transformers_gpt2_pooled_at_the_first_end_token(padding):
 
 def test_gpt2_projection_halves_the_way():
     with torch.device("meta"):
-        model = build_text_tower(schema.TextTower(kind="gpt2", layers=1), 512)
+        model = build_text_tower(schema.TextTowerConfig(kind="gpt2", layers=1), 512)
     assert [tuple(layer.weight.shape) for layer in (model.proj[0], model.proj[2])] == [(640, 768), (512, 640)]
     assert [name for name, _ in model.proj.named_parameters()] == ["0.weight", "2.weight"]
     assert model.transformer.wpe.weight.shape == (1024, 768)

@@ -15,12 +15,12 @@ from typing import Any
 import pytest
 import torch
 
-from convclip.data.feature_writer import FeatureWriter
-from convclip.data.features import FeatureStore
-from tests.data.extraction import die_at_call
-from tests.engine.frozen_run import call_script, make_frozen_files, make_recipe, overrides
+from convclip.features.reader import FeatureStore
+from convclip.features.writer import FeatureWriter
 from tests.engine.small_engine import free_port
 from tests.engine.small_run import launch, run
+from tests.engine.stored.frozen_run import call_script, make_frozen_files, make_recipe, overrides
+from tests.features.extraction import die_at_call
 
 pytestmark = pytest.mark.launch
 
@@ -74,8 +74,8 @@ def extract_rank(rank: int, port: int, files: Path, output: Path, dies_at: int |
     settings = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": 2, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
     os.environ.update({key: str(value) for key, value in settings.items()})
     torch.set_num_threads(1)
-    from convclip.engine import extraction
-    from convclip.engine.launcher import start_processes
+    from convclip.engine.stored import extraction
+    from convclip.engine.zero.launcher import start_processes
 
     start_processes()
     extraction.FeatureWriter = functools.partial(FeatureWriter, commit_bytes=1000)

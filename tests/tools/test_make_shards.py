@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
-from convclip.data.frame_store import FrameStore
+from convclip.video.frame_store import FrameStore
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 COUNT = 12
@@ -215,7 +215,7 @@ def test_flickr8k_with_several_workers(realdata, source):
 
 def test_videos_become_a_frame_store(tmp_path):
     """Defaults: 12 frames of 224 px, one a second; a second call decodes nothing."""
-    from tests.data.test_video import write_video  # needs PyAV
+    from tests.video.test_decode import write_video  # needs PyAV
 
     (tmp_path / "videos").mkdir()
     for name, seconds in (("video1", 3), ("video2", 15)):

@@ -1,0 +1,186 @@
+"""What a recipe will do, before anything runs: stages, trainable parameters, groups, batch arithmetic, lr curve.
+
+The model is built on the meta device: no data, no weights, no memory, no DeepSpeed.
+"""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from convclip.config import UserError
+from convclip.engine.plan.memory import format_memory, plan_memory
+from convclip.engine.stages.groups import Stage, describe_amount, event_starts, reached_stages, training_stages
+from convclip.engine.stages.schedule import LearningRates, peak_lr, warmup_steps
+from convclip.engine.stored.frozen import storable
+from convclip.models import build_model
+from convclip.models.layer_groups import parameter_counts
+from convclip.schema import Recipe, Unfreeze
+from convclip.video.student import with_video_head
+
+CURVE_POINTS = 400
+
+
+def make_plan(recipe: Recipe, ds_config: dict[str, Any] | None = None, world: int = 1) -> dict[str, Any]:
+    """The plan as plain data (what `--plan --json` prints). Errors in the recipe are UserError, as in training.
+
+    Memory is that of a rank under `ds_config` (None: ZeRO stage 2 in bf16) in a run of `world` ranks.
+    """
+    with torch.device("meta"):
+        model = with_video_head(build_model(recipe.model), recipe.video)
+    sizes = {name: parameter.numel() for name, parameter in model.named_parameters()}
+    stages = training_stages(model, recipe)
+    steps_per_epoch = _steps_per_epoch(recipe)
+    total = _total_steps(recipe, steps_per_epoch)
+    reached = reached_stages(model, recipe, steps_per_epoch)
+    plan = {
+        "recipe": recipe.name,
+        "global_batch": recipe.batch.global_,
+        "batch": _batch_arithmetic(recipe),
+        "epochs": recipe.epochs,
+        "steps_per_epoch": steps_per_epoch,
+        "total_steps": total,
+        "warmup_steps": warmup_steps(recipe, total) if total else recipe.optim.warmup_steps,
+        "peak_lr": peak_lr(recipe),
+        "stages": [
+            {
+                "epoch": stage.epoch if stage.epoch is not None else _epoch_of(stage.step, steps_per_epoch),
+                "step": stage.step,
+                "trainable": parameter_counts(model, stage.trainable),
+                "groups": [
+                    {
+                        "name": group.name,
+                        "parameters": sum(sizes[name] for name in group.parameters),
+                        "lr_scale": group.lr_scale,
+                        "weight_decay": group.weight_decay,
+                    }
+                    for group in stage.groups
+                ],
+            }
+            for stage in reached
+        ],
+        "notes": _notes(recipe, stages, reached),
+    }
+    # The estimate follows a step of pictures; what frames and a temporal part need is not in it.
+    is_video = recipe.video is not None
+    plan["memory"] = None if is_video else plan_memory(model, recipe, reached, ds_config, world)
+    plan["storable"] = [] if is_video else storable(model, recipe, reached)
+    plan["lr_curve"] = _lr_curve(recipe, reached, steps_per_epoch, total) if total else None
+    return plan
+
+
+def format_plan(plan: dict[str, Any]) -> str:
+    """The plan as the text that `--plan` prints."""
+    lines = [f"recipe {plan['recipe']}: {plan['epochs']} epochs, global batch {plan['global_batch']}"]
+    lines += [f"  {line}" for line in plan["batch"]]
+    if plan["total_steps"]:
+        lines.append(
+            f"  {plan['steps_per_epoch']} steps per epoch, {plan['total_steps']} in all; "
+            f"lr rises to {plan['peak_lr']:g} over {plan['warmup_steps']} steps, then follows a cosine to 0"
+        )
+    else:
+        lines.append("  steps per epoch: known once the data is (set rows_per_epoch to see the lr curve)")
+    lines.append(f"{'stage':>5} {'begins':>10} {'visual':>13} {'text':>13} {'total':>13}  trainable parameters")
+    for number, stage in enumerate(plan["stages"]):
+        begins = f"step {stage['step']}" if stage["step"] is not None else f"epoch {stage['epoch']}"
+        count = stage["trainable"]
+        lines.append(f"{number:>5} {begins:>10} {count['visual']:>13,} {count['text']:>13,} {count['total']:>13,}")
+        before = len(plan["stages"][number - 1]["groups"]) if number else 0
+        for group in stage["groups"][before:]:
+            lines.append(
+                f"{'':>7}+ {group['name']:<24} {group['parameters']:>13,}  lr x {group['lr_scale']:g}  "
+                f"weight decay {group['weight_decay']:g}"
+            )
+    lines += format_memory(plan["memory"]) if plan["memory"] else []
+    lines += plan["storable"]
+    lines += [f"note: {note}" for note in plan["notes"]]
+    return "\n".join(lines)
+
+
+def plot_plan(plan: dict[str, Any], path: Path) -> None:
+    """Draw the lr of every group over the steps as a PNG (needs the `report` extra)."""
+    try:
+        import matplotlib
+
+        matplotlib.use("Agg")
+        from matplotlib import pyplot
+    except ImportError:
+        raise UserError("--plot needs matplotlib: pip install 'convclip[report]'") from None
+    curve = plan["lr_curve"]
+    if curve is None:
+        raise UserError(f"recipe {plan['recipe']}: set rows_per_epoch (training rows of your data) to plot the lr")
+    figure, axes = pyplot.subplots(figsize=(9, 4.5), layout="constrained")
+    for name, values in curve["lr"].items():
+        points = [(step, value) for step, value in zip(curve["step"], values, strict=True) if value is not None]
+        axes.plot(*zip(*points, strict=True), label=name)
+    for event in curve["events"]:
+        axes.axvline(event["step"], color="grey", linestyle=":", linewidth=1)
+        axes.annotate(
+            event["label"], (event["step"], 1), xycoords=("data", "axes fraction"), rotation=90, va="top", ha="right"
+        )
+    axes.set(xlabel="step", ylabel="learning rate", yscale="log", title=f"{plan['recipe']}: lr of each group")
+    axes.legend(fontsize="small")
+    part = path.with_name(path.name + ".part")
+    figure.savefig(part, format="png", dpi=130)
+    os.replace(part, path)
+
+
+def _batch_arithmetic(recipe: Recipe) -> list[str]:
+    lines = []
+    for world in (1, 2, 4, 8):
+        try:
+            micro, count = recipe.batch.per_rank(world)
+        except UserError:
+            continue
+        lines.append(
+            f"micro batch {micro} x accumulation {count} x world {world} = global batch {micro * count * world}"
+        )
+    return lines
+
+
+def _steps_per_epoch(recipe: Recipe) -> int | None:
+    return recipe.rows_per_epoch // recipe.batch.global_ if recipe.rows_per_epoch else None
+
+
+def _total_steps(recipe: Recipe, steps_per_epoch: int | None) -> int | None:
+    if steps_per_epoch is None:
+        return None
+    return min(steps_per_epoch * recipe.epochs, recipe.max_steps or steps_per_epoch * recipe.epochs)
+
+
+def _epoch_of(step: int, steps_per_epoch: int | None) -> int | None:
+    return step // steps_per_epoch if steps_per_epoch else None
+
+
+def _describe(event: Unfreeze) -> str:
+    when = f"step {event.step}" if event.step is not None else f"epoch {event.epoch}"
+    return f"{event.tower} {describe_amount(event)} at {when}"
+
+
+def _notes(recipe: Recipe, stages: list[Stage], reached: list[Stage]) -> list[str]:
+    return [
+        f"unfreezing {_describe(event)} is never reached: the last epoch is {recipe.epochs - 1}"
+        for stage in stages
+        if stage not in reached
+        for event in stage.events
+    ]
+
+
+def _lr_curve(recipe: Recipe, stages: list[Stage], steps_per_epoch: int, total: int) -> dict[str, Any]:
+    """lr of each group at some steps; None before a group is opened."""
+    steps = sorted({*range(0, total, max(1, total // CURVE_POINTS)), total - 1})
+    rates = LearningRates(recipe, total, event_starts(stages, steps_per_epoch))
+    curve: dict[str, list[float | None]] = {}
+    for stage in stages:
+        start = stage.start(steps_per_epoch)
+        for group in stage.opened:
+            curve[group.name] = [
+                rates.at(step, group.name, group.lr_scale) if step >= start else None for step in steps
+            ]
+    events = [
+        {"step": stage.start(steps_per_epoch), "label": _describe(event)} for stage in stages for event in stage.events
+    ]
+    return {"step": steps, "lr": curve, "events": events}

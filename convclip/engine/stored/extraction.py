@@ -1,0 +1,205 @@
+"""Computing what is frozen once: trunk maps, text embeddings and a teacher's embeddings, into the feature store."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator
+from pathlib import Path
+from typing import Any, TypeAlias
+
+import numpy as np
+import torch
+from deepspeed.accelerator import get_accelerator
+from torch import Tensor
+from tqdm import tqdm
+
+from convclip.data.evaluation_set import EvaluationSet, load_evaluation_set
+from convclip.data.loader import open_source
+from convclip.data.samples import captions_fingerprint
+from convclip.data.tokenizers import build_tokenizer
+from convclip.data.transforms import normalize
+from convclip.distributed import barrier, is_main, rank, world_size
+from convclip.engine.stages.groups import reached_stages
+from convclip.engine.stored.frozen import FrozenWork, frozen_work, map_shape, recipe_views, store_identity
+from convclip.engine.zero.launcher import start_processes
+from convclip.features.layout import estimate
+from convclip.features.reader import FeatureStore, view_ids
+from convclip.features.writer import FeatureWriter
+from convclip.models import build_model
+from convclip.models.dual_tower import Cut, DualTower
+from convclip.models.reference_head import load_reference_head
+from convclip.models.teacher import Teacher
+from convclip.models.weights import LoadReport, load_pretrained
+from convclip.schema import Recipe, UserError
+from convclip.video.student import with_video_head
+
+VERIFIED_ITEMS = 32
+PRECISIONS = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+
+ComputedRows: TypeAlias = tuple[np.ndarray, dict[str, Tensor]]
+
+
+def initial_model(recipe: Recipe) -> tuple[DualTower, LoadReport]:
+    """The model as a run starts with it, with a reference head or a video head where the recipe has one."""
+    torch.manual_seed(recipe.seed)
+    model = build_model(recipe.model)
+    report = load_pretrained(model, recipe.model)
+    if recipe.head_alignment is not None:
+        model.reference = load_reference_head(recipe.model)
+    if recipe.video is not None:
+        model = with_video_head(model, recipe.video)
+        report = LoadReport(report.new + model.new, report.loaded)
+    return model, report
+
+
+def expected_store(recipe: Recipe, dtype: torch.dtype) -> tuple[FrozenWork, dict[str, Any]]:
+    """What of `recipe` a store holds, and the identity that it must have."""
+    if recipe.data.train is None:
+        raise UserError("data.train is not set: name the training data with --train_data")
+    model, _ = initial_model(recipe)
+    work = frozen_work(model, recipe, reached_stages(model, recipe))
+    if not work:
+        raise UserError(f"recipe {recipe.name}: nothing is frozen from the start, so there is nothing to store")
+    captions = captions_fingerprint(open_source(recipe.data.train, recipe.data))
+    # Whole modules: a batch norm's running statistics count too.
+    modules = {name.rpartition(".")[0] for name in work.frozen_names(model)}
+    weights = {name: value for name, value in model.state_dict().items() if name.rpartition(".")[0] in modules}
+    return work, store_identity(recipe, work, weights, captions, dtype)
+
+
+class Extraction:
+    """The frozen towers and teacher of a recipe, and what they make of its training data."""
+
+    def __init__(self, recipe: Recipe, dtype: torch.dtype) -> None:
+        self.work, self.identity = expected_store(recipe, dtype)
+        self.recipe, self.dtype = recipe, dtype
+        self.device = torch.device(get_accelerator().current_device_name())
+        model, _ = initial_model(recipe)
+        model.reference = None
+        self.model: DualTower = model.to(self.device, dtype).requires_grad_(False).eval()
+        self.teacher = Teacher(recipe.teacher).to(self.device, dtype) if recipe.teacher else None
+        if self.teacher is not None:
+            self.identity["teacher_logit_scale"] = self.teacher.scale
+        self.views = recipe_views(recipe)
+        self.batch, self.workers = recipe.evaluation.batch, recipe.data.workers
+        shape = map_shape(self.model, recipe.model.image.image_size, self.work.boundary)
+        self.arrays = self.work.arrays(recipe, shape, dtype, self.teacher.width if self.teacher else 0)
+
+    def open_data(self) -> EvaluationSet:
+        """The training data's usable images and captions, each once."""
+        recipe = self.recipe
+        tokenizer = build_tokenizer(recipe.model.text)
+        return load_evaluation_set(recipe.data.train, recipe.data, self.views.evaluation, tokenizer)
+
+    def item_ids(self, data: EvaluationSet) -> dict[str, np.ndarray]:
+        """Ids of the store's items: views of images, captions."""
+        count = self.views.count
+        kinds = {spec.item_kind for spec in self.arrays.values()}
+        views = np.concatenate([view_ids(data.image_ids, view, count) for view in range(count)])
+        return {kind: ids for kind, ids in (("view", views), ("caption", data.caption_ids.numpy())) if kind in kinds}
+
+    def compute(
+        self, data: EvaluationSet, kind: str, ids: np.ndarray
+    ) -> Iterator[tuple[np.ndarray, dict[str, Tensor]]]:
+        """(ids, rows by array) of items of one kind, batch by batch."""
+        ids = np.asarray(ids)
+        if kind == "caption":
+            yield from self._captions(data, ids)
+            return
+        number_of = {int(image): number for number, image in enumerate(data.image_ids)}
+        for view in range(self.views.count):
+            own = ids[ids % self.views.count == view]
+            numbers = [number_of[int(item) // self.views.count] for item in own]
+            first = 0
+            for _, pixels in data.read_views(numbers, self.views, view, self.batch, self.workers):
+                yield own[first : first + len(pixels)], self._images(pixels.to(self.device))
+                first += len(pixels)
+
+    @torch.no_grad()
+    def _images(self, pixels: Tensor) -> dict[str, Tensor]:
+        rows = {}
+        if self.work.boundary:
+            tower = self.recipe.model.image
+            image_map, _ = self.model(
+                normalize(pixels, tower.mean, tower.std, self.dtype), stop=Cut(self.work.boundary)
+            )
+            rows["image_map"] = image_map.cpu()
+        if self.teacher is not None:
+            rows["teacher_image"] = self.teacher.encode_image(pixels).cpu()
+        return rows
+
+    @torch.no_grad()
+    def _captions(self, data: EvaluationSet, ids: np.ndarray) -> Iterator[ComputedRows]:
+        number_of = {int(caption): number for number, caption in enumerate(data.caption_ids)}
+        numbers = [number_of[int(item)] for item in ids]
+        tokenizers = [None] if self.teacher is None else [None, self.teacher.tokenizer]
+        streams = [data.read_texts(numbers, self.batch, self.workers, tokenizer) for tokenizer in tokenizers]
+        first = 0
+        for batches in zip(*streams, strict=True):
+            tokens = [batch.to(self.device) for _, batch in batches]
+            rows = {}
+            if self.work.text:
+                rows["text_embedding"] = self.model(texts=tokens[0])[1].cpu()
+            if self.teacher is not None:
+                rows["teacher_text"] = self.teacher.encode_text(tokens[1]).cpu()
+            yield ids[first : first + len(tokens[0])], rows
+            first += len(tokens[0])
+
+
+def extract(recipe: Recipe, path: Path, dtype: torch.dtype) -> None:
+    """Fill the feature store at `path` on all ranks; what an earlier, killed run has done is not done again."""
+    work = Extraction(recipe, dtype)
+    data = work.open_data()
+    ids = work.item_ids(data)
+    counts = {kind: len(items) for kind, items in ids.items()}
+    if is_main():
+        size = estimate(work.arrays, counts) / 2**30
+        print(
+            f"{path}: {', '.join(f'{n} {kind}s' for kind, n in counts.items())}, {size:.3f} GiB when done", flush=True
+        )
+    writer = FeatureWriter(path, work.arrays, work.identity, ids, rank(), world_size())
+    write_missing(writer, ids, lambda kind, missing: work.compute(data, kind, np.asarray(missing)))
+
+
+def write_missing(writer: FeatureWriter, kinds: Iterable[str], compute: Callable[..., Iterator[ComputedRows]]) -> None:
+    """Write what `compute(kind, missing ids)` gives of this rank's items, then finish the store; a collective."""
+    for kind in kinds:
+        missing = writer.missing(kind)
+        bar = tqdm(total=len(missing), desc=f"extracting {kind}s", unit=kind, disable=not is_main())
+        for items, rows in compute(kind, missing):
+            writer.write(items, rows)
+            bar.update(len(items))
+        bar.close()
+    writer.finish()
+    barrier()
+    if is_main():
+        writer.finish()
+    barrier()
+
+
+def verify(recipe: Recipe, path: Path, dtype: torch.dtype) -> dict[str, float]:
+    """Compute a sample of the store's rows again; largest difference by array. UserError where it is another store."""
+    work = Extraction(recipe, dtype)
+    store = FeatureStore(path, work.identity)
+    data = work.open_data()
+    worst: dict[str, float] = {}
+    for kind, ids in work.item_ids(data).items():
+        sample = ids[np.random.default_rng(0).choice(len(ids), min(VERIFIED_ITEMS, len(ids)), replace=False)]
+        for items, rows in work.compute(data, kind, sample):
+            for name, values in rows.items():
+                difference = (store.read(name, items).float() - values.float()).abs().max().item()
+                worst[name] = max(worst.get(name, 0.0), difference)
+    return worst
+
+
+def run_extraction(recipe: Recipe, path: Path, precision: str, check: bool) -> None:
+    """Start the processes, then extract, or verify what was extracted and print the largest difference by array."""
+    start_processes()
+    dtype = PRECISIONS[precision]
+    if not check:
+        extract(recipe, path, dtype)
+        if is_main():
+            print(f"{path}: done; train with --set features={path}")
+        return
+    differences = verify(recipe, path, dtype)
+    for name, difference in differences.items() if is_main() else ():
+        print(f"{name}: largest difference {difference:.3g} over {VERIFIED_ITEMS} items")

@@ -1,0 +1,266 @@
+"""Checkpoints: this rank's optimizer shards as plain tensors, in a folder that appears whole or not at all.
+
+`checkpoints/step-00001000/` holds `rank-00000.safetensors` … (masters, Adam state, random state, buffers, and where
+each piece of each parameter stands) and `state.json`. It is written as `….part`, renamed by rank 0 after every rank
+has written, and only then does `latest` move. Weights that do not train at the start of the run are written once, to
+`checkpoints/locked.safetensors`.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+from collections.abc import Iterable, Mapping
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from deepspeed import DeepSpeedEngine
+from deepspeed.accelerator import get_accelerator
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor, nn
+
+from convclip.config import UserError
+from convclip.distributed import barrier, gather_objects, is_main, rank
+from convclip.engine.meters import on_accelerator
+from convclip.engine.zero.build import OptimizerSnapshot, restore_snapshot, take_snapshot
+from convclip.engine.zero.masters import is_replicated, optimizer_shards
+
+FORMAT = 1
+
+
+@dataclass
+class RunState:
+    """Where a run stands: optimizer steps done, the stage of the unfreeze schedule, and what the engine was."""
+
+    step: int
+    stage: int
+    world_size: int
+    zero_stage: int
+    precision: str
+    best: dict[str, float] = field(default_factory=dict)
+    format: int = FORMAT
+
+
+def save_locked(model: nn.Module, trainable: set[str], folder: Path) -> None:
+    """Write the fp32 weights of the parameters that do not train at the start, once, to `folder`/locked.safetensors."""
+    # The main rank alone looks for the file: seen by a rank that comes late, it would keep that one from the barrier.
+    if is_main() and not (folder / "locked.safetensors").is_file():
+        folder.mkdir(parents=True, exist_ok=True)
+        locked = {n: p.detach().cpu().contiguous() for n, p in model.named_parameters() if n not in trainable}
+        # safetensors cannot read back a file that has neither tensors nor metadata, as where nothing is locked.
+        _write_tensors(locked, folder / "locked.safetensors", {"content": "locked"})
+    barrier()
+
+
+def save_checkpoint(engine: DeepSpeedEngine, folder: Path, state: RunState) -> Path:
+    """Save to `folder`/step-XXXXXXXX on all ranks and return it; UserError on every rank when one cannot write."""
+    target = folder / f"step-{state.step:08d}"
+    part = target.with_name(target.name + ".part")
+    if is_main():
+        for stale in (part, target):
+            shutil.rmtree(stale, ignore_errors=True)
+        part.mkdir(parents=True)
+    barrier()
+    problem = None
+    try:
+        _save_rank(engine, part / rank_file(rank()))
+        if is_main():
+            write_text(part / "state.json", json.dumps(asdict(state), indent=1))
+    except (OSError, SafetensorError) as error:
+        problem = f"rank {rank()} cannot write checkpoint {part}: {error}"
+    problems = [found for found in gather_objects(problem) if found]
+    if problems:
+        raise UserError(problems[0])
+    if is_main():
+        os.replace(part, target)
+        _sync_folder(folder)
+    barrier()
+    return target
+
+
+def load_checkpoint(engine: DeepSpeedEngine, path: Path) -> None:
+    """Give `engine` (built for the checkpoint's stage) the optimizer state, counters, buffers and random state."""
+    shards = optimizer_shards(engine)
+    own = path / rank_file(rank())
+    source = path / rank_file(0) if is_replicated(engine) else own
+    with _open(source) as file:
+        layout = json.loads(file.metadata()["layout"])
+        expected = [_layout(shard.pieces) for shard in shards]
+        if layout["shards"] != json.loads(json.dumps(expected)):
+            raise UserError(f"{source}: its parameter groups are not those of this model and recipe")
+        masters = [file.get_tensor(f"{index}/master") for index in range(len(shards))]
+        states = [
+            {key: file.get_tensor(f"{index}/{key}") for key in layout["state_keys"][index]}
+            for index in range(len(shards))
+        ]
+    restore_snapshot(engine, OptimizerSnapshot(masters, states, layout["scaler"], layout["counters"]))
+    with _open(own) as file:
+        buffers = _buffers(engine.module)
+        for key in file.keys():  # noqa: SIM118 - a safetensors handle is not a mapping
+            if key.startswith("buffer/"):
+                buffers[key.removeprefix("buffer/")].data.copy_(file.get_tensor(key))
+        torch.set_rng_state(file.get_tensor("random/cpu"))
+        if "random/device" in file.keys():  # noqa: SIM118
+            get_accelerator().set_rng_state(file.get_tensor("random/device"))
+
+
+def read_state(path: Path) -> RunState:
+    """The `state.json` of a checkpoint folder; UserError where it is no checkpoint of this format."""
+    try:
+        state = RunState(**json.loads((path / "state.json").read_text()))
+    except (OSError, ValueError, TypeError) as error:
+        raise UserError(f"{path} is not a convclip checkpoint: {error}") from None
+    if state.format != FORMAT:
+        raise UserError(f"{path} has checkpoint format {state.format}, this convclip reads {FORMAT}")
+    return state
+
+
+def read_weights(path: Path) -> dict[str, Tensor]:
+    """Full fp32 weights and buffers of a checkpoint, by name, put together from all ranks' pieces on the CPU.
+
+    Works for any ZeRO stage and world size, without DeepSpeed. Errors: UserError names a missing or damaged file.
+    """
+    state = read_state(path)
+    with _open(path.parent / "locked.safetensors") as file:
+        weights = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
+    trained: dict[str, Tensor] = {}
+    for number in range(1 if state.zero_stage == 0 else state.world_size):
+        with _open(path / rank_file(number)) as file:
+            layout = json.loads(file.metadata()["layout"])
+            for index, pieces in enumerate(layout["shards"]):
+                flat = file.get_tensor(f"{index}/master").view(-1)
+                for name, start, offset, length in pieces:
+                    if name not in trained:
+                        trained[name] = torch.empty(layout["shapes"][name])
+                    trained[name].view(-1)[start : start + length] = flat[offset : offset + length]
+            if number == 0:
+                keys = [key for key in file.keys() if key.startswith("buffer/")]  # noqa: SIM118
+                weights.update({key.removeprefix("buffer/"): file.get_tensor(key) for key in keys})
+    return {**weights, **trained}
+
+
+def load_weights(model: nn.Module, path: Path) -> None:
+    """Load a checkpoint's fp32 weights into `model`; UserError names the keys when it is another model's."""
+    expected = model.state_dict()
+    # The reference head of head alignment serves training alone: a model without one is none the worse.
+    weights = {n: value for n, value in read_weights(path).items() if n in expected or not n.startswith("reference.")}
+    problems = [f"{name} is missing" for name in expected if name not in weights]
+    problems += [f"{name} is not in this model" for name in weights if name not in expected]
+    problems += [
+        f"{name} is {tuple(weights[name].shape)} there, {tuple(value.shape)} here"
+        for name, value in expected.items()
+        if name in weights and weights[name].shape != value.shape
+    ]
+    if problems:
+        raise UserError(
+            f"{path} is a checkpoint of another model: {'; '.join(problems[:3])} ({len(problems)} differences)"
+        )
+    model.load_state_dict(weights)
+
+
+def checkpoint_path(place: Path) -> Path:
+    """The checkpoint meant by `place`: a checkpoint folder, or a run folder (its `best`, else its `latest`)."""
+    if (place / "state.json").is_file():
+        return place
+    for pointer in ("best", "latest"):
+        if (place / pointer).is_file():
+            return place / (place / pointer).read_text().strip()
+    raise UserError(f"{place} holds no checkpoint: give a run's folder, or one of its checkpoints/step-XXXXXXXX")
+
+
+def move_pointer(run_folder: Path, name: str, target: Path) -> None:
+    """Point `latest` or `best` of a run at a whole checkpoint; rank 0 only does anything."""
+    if is_main():
+        write_text(run_folder / name, f"{target.relative_to(run_folder)}\n")
+
+
+def remove_old(run_folder: Path, keep_last: int) -> None:
+    """Delete all but the `keep_last` newest checkpoints and the best one, and what a killed save left behind."""
+    if not is_main():
+        return
+    folder = run_folder / "checkpoints"
+    for stale in folder.glob("step-*.part"):
+        shutil.rmtree(stale, ignore_errors=True)
+    kept = {(run_folder / p).read_text().strip() for p in ("best", "latest") if (run_folder / p).is_file()}
+    for path in sorted(folder.glob("step-*"))[:-keep_last]:
+        if str(path.relative_to(run_folder)) not in kept:
+            shutil.rmtree(path, ignore_errors=True)
+
+
+def write_text(path: Path, text: str) -> None:
+    """Write a small file whole or not at all, and safely on disk."""
+    part = path.with_name(path.name + ".part")
+    with open(part, "w", encoding="utf-8") as file:
+        file.write(text)
+        file.flush()
+        os.fsync(file.fileno())
+    os.replace(part, path)
+
+
+def rank_file(number: int) -> str:
+    """File name of one rank's part of a checkpoint."""
+    return f"rank-{number:05d}.safetensors"
+
+
+def _save_rank(engine: DeepSpeedEngine, path: Path) -> None:
+    snapshot = take_snapshot(engine)
+    shards = optimizer_shards(engine)
+    tensors = {f"buffer/{name}": value.detach().cpu().contiguous() for name, value in _buffers(engine.module).items()}
+    tensors["random/cpu"] = torch.get_rng_state()
+    if on_accelerator():
+        tensors["random/device"] = get_accelerator().get_rng_state().cpu()
+    if rank() == 0 or not is_replicated(engine):
+        for index, (master, adam) in enumerate(zip(snapshot.masters, snapshot.states, strict=True)):
+            values = {"master": master, **adam}
+            tensors.update({f"{index}/{key}": value.detach().cpu().contiguous() for key, value in values.items()})
+    layout = {
+        "shards": [_layout(shard.pieces) for shard in shards],
+        "state_keys": [sorted(state) for state in snapshot.states],
+        "shapes": {
+            name: list(getattr(parameter, "ds_shape", parameter.shape))
+            for name, parameter in engine.module.named_parameters()
+            if parameter.requires_grad
+        },
+        "scaler": snapshot.scaler,
+        "counters": snapshot.counters,
+    }
+    _write_tensors(tensors, path, {"layout": json.dumps(layout)})
+
+
+def _buffers(model: nn.Module) -> dict[str, Tensor]:
+    """The buffers that belong to the model's state, such as running statistics; not constants such as masks."""
+    kept = model.state_dict().keys()
+    return {name: buffer for name, buffer in model.named_buffers() if name in kept}
+
+
+def _layout(pieces: Iterable[Any]) -> list[list[Any]]:
+    return [[piece.parameter, piece.start, piece.offset, piece.length] for piece in pieces]
+
+
+def _write_tensors(tensors: Mapping[str, Tensor], path: Path, metadata: dict[str, str]) -> None:
+    part = path.with_name(path.name + ".part")
+    save_file(dict(tensors), part, metadata=metadata)
+    with open(part, "rb+") as file:
+        os.fsync(file.fileno())
+    os.replace(part, path)
+    _sync_folder(path.parent)
+
+
+def _sync_folder(folder: Path) -> None:
+    """Make a rename survive a power cut."""
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def _open(path: Path) -> Any:
+    try:
+        return safe_open(path, framework="pt")
+    except (OSError, SafetensorError) as error:
+        raise UserError(f"{path} is missing or damaged ({error}): resume from another checkpoint") from None

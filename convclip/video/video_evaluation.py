@@ -1,0 +1,98 @@
+"""Embedding an evaluation set of videos on all ranks, its figures, and the table people read.
+
+Shapes: V videos, C captions, F frames, D embed width.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from convclip.data.transforms import normalize
+from convclip.distributed import gather_objects, is_main, rank, world_size
+from convclip.evaluation import report
+from convclip.evaluation.embedding import Encode, embed_rows
+from convclip.schema import ImageTowerConfig
+from convclip.video.clip_loader import VideoEvaluationSet
+from convclip.video.student import mean_pool
+from convclip.video.video_retrieval import video_retrieval
+
+WAYS = ("t2v", "v2t")
+KS = (1, 5, 10)
+NAMES = {"standard": "aggregation", "mean_pool": "zero-shot mean pool"}
+
+
+@torch.no_grad()
+def evaluate_videos(
+    encode: Encode,
+    dataset: VideoEvaluationSet,
+    image_tower: ImageTowerConfig,
+    device: torch.device,
+    dtype: torch.dtype,
+    batch: int = 8,
+    workers: int = 0,
+    zero_shot: bool = False,
+) -> dict[str, Any]:
+    """{"standard": recalls, "videos": V, "texts": C}, the same on every rank; `batch` videos at a time.
+
+    Each video's frames run once. With `zero_shot`, "mean_pool" are the recalls of the mean of the frames' embeddings.
+    """
+    place = rank(), world_size(), batch
+
+    def videos(numbers: Tensor, frames: Tensor) -> Tensor:
+        pixels = normalize(frames.to(device, non_blocking=True).flatten(0, 1), image_tower.mean, image_tower.std, dtype)
+        counts = dataset.n_frames[numbers].to(device)
+        output = encode(pixels.unflatten(0, frames.shape[:2]), None, counts)
+        return torch.stack([output.video, mean_pool(output.frame_features, counts)], dim=1).flatten(1)
+
+    def captions(texts: Tensor) -> Tensor:
+        return encode(None, texts.to(device, non_blocking=True)).text
+
+    count = len(dataset.split.video_ids)
+    pairs = ((numbers, (numbers, frames)) for numbers, frames in dataset.video_batches(*place, workers))
+    rows = embed_rows(lambda given: videos(*given), pairs, count, "embedding videos")
+    aggregated, pooled = rows.unflatten(1, (2, -1)).unbind(1)
+    texts = dataset.text_batches(rank(), world_size(), 16 * batch, workers)
+    texts = embed_rows(captions, texts, len(dataset.split.captions), "embedding captions")
+    video_of_text = dataset.video_of_text.to(texts.device)
+    figures = None
+    if is_main():
+        figures = {"standard": video_retrieval(texts, aggregated, video_of_text), "videos": count, "texts": len(texts)}
+        if zero_shot:
+            figures["mean_pool"] = video_retrieval(texts, pooled, video_of_text)
+    # Scored once: ranks that share a machine's cores would only slow one another down.
+    return gather_objects(figures)[0]
+
+
+def format_video_table(figures: dict[str, Any]) -> str:
+    """Recalls, median and mean rank beside their chance level, as lines of text."""
+    videos, texts = figures["videos"], figures["texts"]
+    header = "".join(f"{f'{way} R@{k}':>11}" for way in ("T2V", "V2T") for k in KS)
+    lines = [f"{videos} videos, {texts} captions", f"{'':<20}{header}{'T2V med/mean':>16}{'V2T med/mean':>16}"]
+    lines += [_line(name, figures[key]) for key, name in NAMES.items() if key in figures]
+    lines.append(_line("by chance", chance(videos, texts)))
+    return "\n".join(lines)
+
+
+def chance(videos: int, texts: int) -> dict[str, float]:
+    """What random scores give on average, with the mean number of captions for every video."""
+    images = report.chance("standard", videos, texts)
+    return {key.replace("t2i", "t2v").replace("i2t", "v2t"): value for key, value in images.items()}
+
+
+def start_is_lost(figures: dict[str, Any]) -> bool:
+    """Whether recall through the aggregation starts far below the zero-shot mean pool's: the alignment is lost."""
+    pooled, started = (sum(figures[key][f"{way}_r10"] for way in WAYS) for key in ("mean_pool", "standard"))
+    by_chance = sum(chance(figures["videos"], figures["texts"])[f"{way}_r10"] for way in WAYS)
+    return pooled > 1.5 * by_chance and started - by_chance < 0.7 * (pooled - by_chance)
+
+
+def _line(name: str, figures: dict[str, float]) -> str:
+    recalls = "".join(f"{figures[f'{way}_r{k}']:>11.2f}" for way in WAYS for k in KS)
+    ranks = ""
+    for way in WAYS:
+        median = figures.get(f"{way}_median_rank")
+        ranks += f"{'-' if median is None else f'{median:g}'} / {figures[f'{way}_mean_rank']:.1f}".rjust(16)
+    return f"{name:<20}{recalls}{ranks}"

@@ -1,0 +1,132 @@
+"""`--plan` against the parameter counts of the experiments, typed here from the design, not from the code."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+
+import pytest
+
+from convclip.config import UserError, load_recipe
+from convclip.engine.plan.plan import make_plan
+from tests.conftest import REPOSITORY
+
+GPT2_SIX_LAYERS = 42_527_232 + 1_536 + 819_200
+BASE_TEXT = 91_163_520
+
+# recipe: (epoch, visual, text) of each stage
+EXPECTED = {
+    "tiny_gpt2_nofreeze": [(0, 30_070_400, 125_259_008)],
+    "tiny_gpt2_unfreeze": [
+        (0, 2_203_904, 819_200),
+        (3, 2_203_904, GPT2_SIX_LAYERS),
+        (5, 17_692_160, GPT2_SIX_LAYERS),
+    ],
+    "tiny_cliptext_unfreeze": [(0, 2_203_904, 63_428_096), (5, 17_692_160, 63_428_096)],
+    "base_absattn_3stage": [(0, 4_265_600, 0), (3, 4_265_600 + 8_450_048, 0), (8, 4_265_600 + 8_450_048, BASE_TEXT)],
+    "base_absattn_distill_frozen": [(0, 3_856_000, 0)],
+    "base_absattn_distill_unfreeze": [(0, 3_856_000, 0), (8, 12_306_048, 0), (18, 12_306_048, BASE_TEXT)],
+    "base_absattn_headalign": [(0, 3_856_000, 0), (6, 3_858_048, 0)],
+}
+
+
+@pytest.mark.parametrize("recipe", EXPECTED)
+def test_trainable_counts_of_every_stage(recipe):
+    plan = make_plan(load_recipe(recipe))
+    found = [(s["epoch"], s["trainable"]["visual"], s["trainable"]["text"]) for s in plan["stages"]]
+    assert found == EXPECTED[recipe]
+    for stage in plan["stages"]:
+        counts = stage["trainable"]
+        assert counts["total"] == counts["visual"] + counts["text"] + 1
+        assert sum(group["parameters"] for group in stage["groups"]) == counts["total"]
+
+
+def test_groups_of_a_stage_begin_with_those_of_the_stage_before():
+    first, second, third = make_plan(load_recipe("tiny_gpt2_unfreeze"))["stages"]
+    assert second["groups"][: len(first["groups"])] == first["groups"]
+    assert third["groups"][: len(second["groups"])] == second["groups"]
+    assert {group["lr_scale"] for group in third["groups"][len(first["groups"]) :]} == {0.1}
+
+
+def test_event_beyond_the_end_is_said():
+    (note,) = make_plan(load_recipe("base_absattn_headalign"))["notes"]
+    assert "text all at epoch 10 is never reached" in note
+
+
+def test_lr_curve_warms_up_then_falls_and_new_groups_start_at_their_event():
+    plan = make_plan(load_recipe("tiny_gpt2_unfreeze"))
+    curve, steps = plan["lr_curve"], plan["lr_curve"]["step"]
+    old, new = curve["lr"]["image.decay"], curve["lr"]["image.event1.decay"]
+    assert max(old) == pytest.approx(7e-4, rel=1e-3)
+    assert old[-1] < 1e-9
+    for step, old_lr, new_lr in zip(steps, old, new, strict=True):
+        assert (new_lr is None) == (step < 5 * (591_753 // 384))
+        assert new_lr is None or new_lr == pytest.approx(0.1 * old_lr)
+
+
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        ("freezing.unfreeze.1.groups=99", "99"),
+        ("freezing.unfreeze.0.layers=14", "14"),
+        ("freezing.unfreeze.1.epoch=null", "exactly one of epoch and step"),
+        ("freezing.lock=[text]", "lock does not name"),
+    ],
+)
+def test_mistakes_in_the_schedule_are_caught(override, message):
+    with pytest.raises(UserError, match=message):
+        make_plan(load_recipe("tiny_gpt2_unfreeze", [override]))
+
+
+def test_event_that_opens_nothing_is_caught():
+    overrides = ["freezing.unfreeze.1.tower=text", "freezing.unfreeze.1.groups=null", "freezing.unfreeze.1.layers=6"]
+    with pytest.raises(UserError, match="opens nothing"):
+        make_plan(load_recipe("tiny_gpt2_unfreeze", overrides))
+
+
+def test_event_at_the_very_start_belongs_to_stage_0():
+    plan = make_plan(load_recipe("tiny_cliptext_unfreeze", ["freezing.unfreeze.0.epoch=0"]))
+    (stage,) = plan["stages"]
+    assert stage["trainable"]["visual"] == 17_692_160
+    scales = {group["name"]: group["lr_scale"] for group in stage["groups"]}
+    assert scales["image.decay"] == 1.0
+    assert scales["image.event0.decay"] == 0.1
+
+
+def test_two_events_in_one_epoch_are_one_stage_with_two_groups():
+    plan = make_plan(load_recipe("tiny_gpt2_unfreeze", ["freezing.unfreeze.0.epoch=5"]))
+    _, stage = plan["stages"]
+    assert stage["trainable"]["visual"] == 17_692_160
+    assert stage["trainable"]["text"] == GPT2_SIX_LAYERS
+    assert {"text.event0.decay", "image.event1.decay"} <= {group["name"] for group in stage["groups"]}
+
+
+def _train(*arguments: str) -> subprocess.CompletedProcess:
+    command = [sys.executable, "launch/train.py", *arguments]
+    return subprocess.run(command, cwd=REPOSITORY, capture_output=True, text=True, timeout=120, check=False)
+
+
+def test_plan_on_the_command_line(tmp_path):
+    pytest.importorskip("matplotlib")
+    done = _train("--recipe", "base_absattn_3stage", "--plan", "--json", "--plot", str(tmp_path / "lr.png"))
+    assert done.returncode == 0, done.stderr
+    assert [stage["epoch"] for stage in json.loads(done.stdout)["stages"]] == [0, 3, 8]
+    assert (tmp_path / "lr.png").read_bytes().startswith(b"\x89PNG")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (["--recipe", "tiny_gpt2_unfrezze", "--plan"], ["tiny_gpt2_unfrezze", "did you mean", "tiny_gpt2_unfreeze"]),
+        (["--recipe", "demo", "--set", "optim.learning_rate=1", "--plan"], ["optim.learning_rate"]),
+        (["--recipe", "demo", "--plam"], ["--plam"]),
+        (["--recipe", "demo"], ["--ds_config"]),
+        ([], ["--recipe"]),
+    ],
+)
+def test_bad_command_lines_get_one_line_and_exit_code_2(arguments, words):
+    done = _train(*arguments)
+    assert done.returncode == 2
+    assert "Traceback" not in done.stderr
+    assert all(word in done.stderr.strip().splitlines()[-1] for word in words)

@@ -1,0 +1,183 @@
+"""The frame store: what is read is what was decoded; killed, repeated, repaired and mismatched writing."""
+
+import json
+import pickle
+import shutil
+import tarfile
+
+import numpy as np
+import pytest
+import torch
+import webdataset
+from PIL import Image
+from test_decode import write_video
+
+from convclip.schema import UserError
+from convclip.video import frame_store
+from convclip.video.decode import pad_frames, read_clip
+from convclip.video.frame_store import FrameSettings, FrameStore, write_frame_store
+
+SMALL = FrameSettings(size=32, frames=4)
+
+
+@pytest.fixture
+def videos(tmp_path):
+    """Five good clips of 1..5 seconds, one empty file, one that is not there."""
+    folder = tmp_path / "videos"
+    folder.mkdir()
+    found = {f"video{n}": write_video(folder / f"video{n}.mp4", range(n)) for n in range(1, 6)}
+    (folder / "empty.mp4").touch()
+    found["empty"] = folder / "empty.mp4"
+    found["gone"] = folder / "gone.mp4"
+    return found
+
+
+def test_what_is_read_is_what_was_decoded(videos, tmp_path):
+    report = write_frame_store(videos, tmp_path / "store", SMALL, videos_per_shard=3)
+    assert (report.decoded, report.reused) == (5, 0)
+    assert report.skipped == {"empty": "the file is empty", "gone": "no such file"}
+    store = FrameStore(tmp_path / "store", size=32, frames=4)
+    assert list(store) == [f"video{n}" for n in range(1, 6)] and len(store) == 5 and "empty" not in store
+    for name in store:
+        frames, n = store[name]
+        expected, count = pad_frames(read_clip(videos[name], size=32, frames=4).frames, 4)
+        assert n == count and frames.dtype == torch.uint8 and frames.shape == (4, 3, 32, 32)
+        # JPEG of an even picture is off by a level at most.
+        assert (frames.int() - expected.int()).abs().max() <= 1
+        assert (frames[n:] == 0).all()
+    with pytest.raises(UserError, match="no video empty: the file is empty"):
+        store["empty"]
+    with pytest.raises(UserError, match="no video other: it was not among"):
+        store["other"]
+
+
+def test_the_shards_are_plain_webdataset(videos, tmp_path):
+    write_frame_store(videos, tmp_path / "store", SMALL)
+    store = FrameStore(tmp_path / "store")
+    samples = list(
+        webdataset.WebDataset(str(tmp_path / "store" / "frames-000000.tar"), shardshuffle=False).decode("pil")
+    )
+    assert [sample["__key__"] for sample in samples] == list(store)
+    for sample in samples:
+        frames, n = store[sample["__key__"]]
+        assert sample["json"] == {"video_id": sample["__key__"], "n_frames": n}
+        for i in range(n):
+            assert np.array_equal(np.asarray(sample[f"{i:02d}.jpg"]), frames[i].permute(1, 2, 0).numpy())
+
+
+def test_a_second_run_decodes_nothing_and_a_killed_one_only_what_is_missing(videos, tmp_path, monkeypatch):
+    folder = tmp_path / "store"
+    decode, calls = frame_store.read_clip, []
+
+    def counted(path, *arguments):
+        calls.append(path)
+        if len(calls) == 5:
+            raise KeyboardInterrupt
+        return decode(path, *arguments)
+
+    monkeypatch.setattr(frame_store, "read_clip", counted)
+    with pytest.raises(KeyboardInterrupt):
+        write_frame_store(videos, folder, SMALL, videos_per_shard=2)
+    # The second shard was whole; of the third there is only a part, and no index says the store is ready.
+    with pytest.raises(UserError, match="was writing finished"):
+        FrameStore(folder)
+    report = write_frame_store(videos, folder, SMALL, videos_per_shard=2)
+    assert (report.reused, report.decoded) == (4, 1) and len(calls) == 5 + 3
+    again = write_frame_store(videos, folder, SMALL, videos_per_shard=2)
+    assert (again.reused, again.decoded, again.skipped) == (5, 0, report.skipped) and len(calls) == 8
+    assert not list(folder.glob("*.part"))
+    whole = tmp_path / "whole"
+    write_frame_store(videos, whole, SMALL, videos_per_shard=2)
+    for path in sorted(folder.iterdir()):
+        assert path.read_bytes() == (whole / path.name).read_bytes(), path.name
+
+
+def test_a_repaired_file_is_picked_up(videos, tmp_path):
+    folder = tmp_path / "store"
+    write_frame_store(videos, folder, SMALL, videos_per_shard=3)
+    shutil.copy(videos["video3"], videos["gone"])
+    report = write_frame_store(videos, folder, SMALL, videos_per_shard=3)
+    assert (report.reused, report.decoded) == (5, 1) and "gone" not in report.skipped
+    assert FrameStore(folder)["gone"][1] == 3
+
+
+def test_other_settings_videos_or_folders_are_refused(videos, tmp_path):
+    folder = tmp_path / "store"
+    write_frame_store(videos, folder, SMALL)
+    with pytest.raises(UserError, match=r"size 32 \(asked for 64\)"):
+        write_frame_store(videos, folder, FrameSettings(size=64, frames=4))
+    with pytest.raises(UserError, match=r"videos 7 \(asked for 6\)"):
+        write_frame_store({k: v for k, v in videos.items() if k != "gone"}, folder, SMALL)
+    with pytest.raises(UserError, match="has frames 4, the recipe needs 12"):
+        FrameStore(folder, size=32, frames=12)
+    with pytest.raises(UserError, match="not empty and no frame store"):
+        write_frame_store(videos, videos["empty"].parent, SMALL)
+    with pytest.raises(UserError, match=r"'a\.b' cannot name"):
+        write_frame_store({"a.b": "x.mp4"}, tmp_path / "new", SMALL)
+    with pytest.raises(UserError, match="none of 2 videos can be used; empty: the file is empty"):
+        write_frame_store({k: videos[k] for k in ("empty", "gone")}, tmp_path / "bad", SMALL)
+    with pytest.raises(UserError, match="no frame store at"):
+        FrameStore(tmp_path / "nothing")
+
+
+def test_damage_to_a_store_is_named(videos, tmp_path):
+    folder = tmp_path / "store"
+    write_frame_store(videos, folder, SMALL)
+    tar = folder / "frames-000000.tar"
+    data = tar.read_bytes()
+    tar.write_bytes(data[:2000])
+    with pytest.raises(UserError, match="video video5 is damaged"):
+        FrameStore(folder)["video5"]
+    tar.unlink()
+    with pytest.raises(UserError, match=r"lacks 1 of its shards, the first is frames-000000\.tar"):
+        FrameStore(folder)
+    index = json.loads((folder / "index.json").read_text())
+    (folder / "index.json").write_text(json.dumps({**index, "version": 99}))
+    with pytest.raises(UserError, match="version 99"):
+        FrameStore(folder)
+
+
+def test_a_damaged_video_is_noted(tmp_path):
+    path = write_video(tmp_path / "a.mkv", range(6))
+    data = path.read_bytes()
+    path.write_bytes(data[: int(len(data) * 0.7)])
+    report = write_frame_store({"a": path}, tmp_path / "store", SMALL)
+    assert report.decoded == 1 and list(report.notes) == (["a"] if read_clip(path, 32, 4).note else [])
+
+
+def test_a_store_goes_to_workers(videos, tmp_path):
+    write_frame_store(videos, tmp_path / "store", SMALL)
+    store = FrameStore(tmp_path / "store")
+    frames, n = store["video2"]
+    copy = pickle.loads(pickle.dumps(store))
+    assert copy["video2"][1] == n and torch.equal(copy["video2"][0], frames)
+
+
+def test_places_in_the_index_are_those_of_the_tar(videos, tmp_path):
+    write_frame_store(videos, tmp_path / "store", SMALL)
+    store = FrameStore(tmp_path / "store")
+    with tarfile.open(tmp_path / "store" / "frames-000000.tar") as tar:
+        members = {member.name: member for member in tar}
+    for name, (_, start, lengths) in store.places.items():
+        assert members[f"{name}.00.jpg"].offset == start
+        assert [members[f"{name}.{i:02d}.jpg"].size for i in range(len(lengths))] == lengths
+
+
+@pytest.mark.realdata
+def test_real_videos_in_parallel_equal_one_process(realdata, tmp_path):
+    folder = realdata / "msrvtt" / "VideoData"
+    videos = {path.stem: path for path in sorted(folder.iterdir())[:12]}
+    settings = FrameSettings(size=64)
+    report = write_frame_store(videos, tmp_path / "two", settings, workers=2, videos_per_shard=6)
+    assert report.decoded == 12 and not report.skipped and not report.notes
+    write_frame_store(videos, tmp_path / "one", settings, videos_per_shard=6)
+    names = sorted(path.name for path in (tmp_path / "one").iterdir())
+    assert names == sorted(path.name for path in (tmp_path / "two").iterdir())
+    for name in names:
+        assert (tmp_path / "one" / name).read_bytes() == (tmp_path / "two" / name).read_bytes(), name
+    store = FrameStore(tmp_path / "one")
+    for name, path in videos.items():
+        frames, n = store[name]
+        live = read_clip(path, size=64).frames
+        assert n == len(live) and (frames[:n].float() - live.float()).abs().mean() < 3
+        assert Image.fromarray(frames[0].permute(1, 2, 0).numpy()).size == (64, 64)
