@@ -72,12 +72,12 @@ def recipe_of(folder: Path, options: argparse.Namespace, mode: str) -> Recipe:
 
 def run_mode(mode: str, folder: Path, options: argparse.Namespace) -> dict[str, float]:
     """Train some steps; seconds of a step (wall and CPU) and peak memory in GiB."""
+    from convclip.video.video_parts import open_video_inputs
     from deepspeed.accelerator import get_accelerator
 
     from convclip.engine.objective import VideoObjective
     from convclip.engine.stages.groups import training_stages
     from convclip.engine.stored.extraction import initial_model
-    from convclip.video.video_parts import open_video_inputs
 
     torch.set_num_threads(options.threads)
     device, recipe = torch.device(get_accelerator().current_device_name()), recipe_of(folder, options, mode)

@@ -1,42 +1,77 @@
-"""What this machine can train with, asked of DeepSpeed's accelerator, for tools: they do not import deepspeed."""
+"""The one place that names a device: which one this process computes on, its memory, its random state.
+
+Asked of torch alone, so that using a trained model needs no DeepSpeed. `DS_ACCELERATOR=cpu`, DeepSpeed's own switch,
+keeps everything on the CPU.
+"""
 
 from __future__ import annotations
 
-import logging
+import os
+import resource
 from dataclasses import dataclass
+from typing import Any
 
-# Without a GPU, DeepSpeed warns on import that it found none, in every process; callers say it in their own words.
-logging.getLogger("DeepSpeed").addFilter(lambda record: "Setting accelerator to CPU" not in record.getMessage())
+import torch
+from torch import Tensor
 
-from deepspeed.accelerator import get_accelerator  # noqa: E402
+# Precisions by the names that ds_configs and command lines use.
+PRECISIONS = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+
+
+def on_accelerator() -> bool:
+    """Whether this process computes on a device with memory of its own."""
+    return os.environ.get("DS_ACCELERATOR") != "cpu" and torch.accelerator.is_available()
+
+
+def current_device() -> torch.device:
+    """This process's device: cpu, or the accelerator that the launcher chose, as in cuda:3."""
+    if not on_accelerator():
+        return torch.device("cpu")
+    accelerator = torch.accelerator.current_accelerator()
+    assert accelerator is not None
+    return torch.device(accelerator.type, torch.accelerator.current_device_index())
+
+
+def memory_gib() -> float:
+    """Peak memory of this process in GiB: on the accelerator where there is one, else resident."""
+    if on_accelerator():
+        return torch.accelerator.max_memory_allocated() / 2**30
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
+
+
+def total_memory() -> int:
+    """Bytes of the accelerator's memory, of the machine's where there is none."""
+    if on_accelerator():
+        return _module().get_device_properties(current_device()).total_memory
+    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+
+
+def forget_peak_memory() -> None:
+    """Give unused memory back and start `memory_gib` anew; nothing on a CPU."""
+    if on_accelerator():
+        torch.accelerator.empty_cache()
+        torch.accelerator.reset_peak_memory_stats()
 
 
 @dataclass(frozen=True)
-class Devices:
-    """The devices DeepSpeed would use on this machine.
+class RandomState:
+    """State of the generators that the towers draw from; `device` is None on a CPU."""
 
-    `kind` is the accelerator's name (cpu, cuda, npu, …); `memory` is bytes of the first device, of all of it on a CPU;
-    `backend` is what its ranks talk through; `precisions` are the ds_config names it computes in.
-    """
+    cpu: Tensor
+    device: Tensor | None
 
-    kind: str
-    count: int
-    memory: int
-    backend: str
-    precisions: tuple[str, ...]
+    @classmethod
+    def now(cls) -> RandomState:
+        """The present state."""
+        return cls(torch.get_rng_state(), _module().get_rng_state() if on_accelerator() else None)
+
+    def restore(self) -> None:
+        """Rewind the generators to this state."""
+        torch.set_rng_state(self.cpu)
+        if self.device is not None and on_accelerator():
+            _module().set_rng_state(self.device)
 
 
-def find_devices() -> Devices:
-    """Ask DeepSpeed's accelerator; starts no process group and keeps no device memory."""
-    accelerator = get_accelerator()
-    kind = accelerator.device_name()
-    precisions = ["fp32"]
-    if accelerator.is_bf16_supported():
-        precisions.append("bf16")
-    if accelerator.is_fp16_supported():
-        precisions.append("fp16")
-    # DeepSpeed counts a CPU's NUMA nodes as devices; to a user it is one.
-    count = 1 if kind == "cpu" else accelerator.device_count()
-    return Devices(
-        kind, count, accelerator.total_memory(0), accelerator.communication_backend_name(), tuple(precisions)
-    )
+def _module() -> Any:
+    """torch.cuda, torch.xpu, …"""
+    return torch.get_device_module(current_device())

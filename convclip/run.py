@@ -1,134 +1,93 @@
-"""A run from its recipe: seed, build the parts, fit; and the evaluation of a finished one."""
+"""A run from its recipe, top to bottom: task, parts, trainer, fit; and the evaluation of a finished one."""
 
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import torch
-from deepspeed.accelerator import get_accelerator
-
 from convclip.config import load_recipe
-from convclip.data.loader import TrainLoader
-from convclip.data.tokenizers import build_tokenizer
-from convclip.data.transforms import EvalTransform, TrainTransform
-from convclip.distributed import barrier, is_main, rank, world_size
-from convclip.engine.evaluations import open_evaluation
-from convclip.engine.inputs import InputSource
-from convclip.engine.meters import logger, on_accelerator
-from convclip.engine.objective import Objective, VideoObjective
-from convclip.engine.run_folder import open_run_folder
-from convclip.engine.stored.extraction import PRECISIONS, expected_store, initial_model
-from convclip.engine.stored.frozen import FrozenWork, recipe_views
-from convclip.engine.trainer import Trainer
-from convclip.engine.zero.checkpoint import checkpoint_path, load_weights, read_state, write_text
-from convclip.engine.zero.ds_config import load_ds_config, precision, resolve_ds_config
-from convclip.evaluation.zero_shot import load_zero_shot_set, zero_shot_accuracy
-from convclip.features.reader import FeatureStore
-from convclip.models import build_model
-from convclip.models.teacher import Teacher
+from convclip.devices import PRECISIONS, current_device
+from convclip.distributed import barrier, is_main, world_size
+from convclip.engine.meters import logger
+from convclip.engine.plan.plan import make_plan
+from convclip.engine.task import ImageTextTask, Task
 from convclip.schema import Recipe, UserError
-from convclip.video.student import with_video_head
-from convclip.video.video_extraction import extract_frozen
-from convclip.video.video_parts import open_video_inputs
+from convclip.video.video_task import VideoTask
 
 
-def train_recipe(recipe: Recipe, ds_config: str | Path, folder: Path, resume: str = "never") -> dict[str, Any]:
+def open_task(recipe: Recipe) -> Task:
+    """The kind of training that `recipe` asks for: the one place where image-text and video part ways."""
+    return ImageTextTask(recipe) if recipe.video is None else VideoTask(recipe)
+
+
+def plan_recipe(recipe: Recipe, ds_config: Mapping[str, Any] | None = None, world: int = 1) -> dict[str, Any]:
+    """What `recipe` will do (see `make_plan`): no data, no weights, no DeepSpeed. Errors: UserError."""
+    return make_plan(open_task(recipe), ds_config, world)
+
+
+def train_recipe(recipe: Recipe, ds_config: str | Path, folder: str | Path, resume: str = "never") -> dict[str, Any]:
     """Train `recipe` in this process group and return the summary.
 
     Errors: UserError.
     """
+    # Here and not above: --plan and the tools do without DeepSpeed, whose import takes seconds.
+    from convclip.engine.run_folder import open_run_folder
+    from convclip.engine.trainer import Trainer
+    from convclip.engine.zero.ds_config import load_ds_config, precision, resolve_ds_config
+
+    folder, task = Path(folder), open_task(recipe)
     config = resolve_ds_config(load_ds_config(ds_config), recipe, world_size())
-    dtype, device = precision(config), torch.device(get_accelerator().current_device_name())
-    evaluation = open_evaluation(recipe, recipe.data.val) if recipe.data.val else None
+    device, dtype = current_device(), precision(config)
+    evaluation = task.evaluation(recipe.data.val) if recipe.data.val else None
     checkpoint = open_run_folder(folder, recipe, config, resume)
     store = recipe.features.store
     if recipe.features.mode == "fill":
         store = folder / "features.h5"
-        extract_frozen(recipe, store, dtype)
-    # The one place where image-text and video-text training part ways.
-    if recipe.video is None:
-        loader, source = open_inputs(recipe, device, dtype, store)
-        objective = Objective(recipe, source.teacher_scale)
-    else:
-        loader, source = open_video_inputs(recipe, device, dtype, store)
-        objective = VideoObjective(recipe)
-    model, report = initial_model(recipe)
+        task.extract(store, dtype)
+    model, report = task.initial_model()
+    parts = task.open(model, device, dtype, store)
     if recipe.activation_checkpointing:
         model.set_grad_checkpointing(True)
-    trainer = Trainer(model, recipe, config, loader, source, objective, evaluation, folder, checkpoint)
+    trainer = Trainer(task, model, parts, config, evaluation, folder, checkpoint)
     if checkpoint is None and report.new:
         logger.info(f"newly initialised: {', '.join(report.new[:6])}{' …' if len(report.new) > 6 else ''}")
-    logger.info(loader.describe())
+    logger.info(parts.loader.describe())
     summary = trainer.fit()
     # A rank that leaves while others are still writing would take their connections with it.
     barrier()
     return summary
 
 
-def open_inputs(
-    recipe: Recipe, device: torch.device, dtype: torch.dtype, store_path: str | Path | None
-) -> tuple[TrainLoader, InputSource]:
-    """The data stream, and what makes a step's inputs of it: from the store where there is one, else live."""
-    work, store, teacher = FrozenWork(0, False, False), None, None
-    if store_path is not None:
-        work, expected = expected_store(recipe, dtype)
-        store = FeatureStore(store_path, expected)
-    elif recipe.teacher is not None:
-        teacher = Teacher(recipe.teacher).to(device, dtype)
-    stored = None
-    if work.boundary:
-        stored = frozenset((store.ids("image_map") // recipe.features.view_count).tolist())
-    loader = TrainLoader(
-        recipe.data,
-        recipe.batch,
-        TrainTransform(recipe.model.image.image_size, recipe.data.crop_scale),
-        build_tokenizer(recipe.model.text),
-        rank(),
-        world_size(),
-        recipe.seed,
-        pin_memory=on_accelerator(),
-        views=recipe_views(recipe),
-        teacher_tokenizer=teacher.tokenizer if teacher else None,
-        stored=stored,
-    )
-    return loader, InputSource(recipe, device, dtype, teacher, store, work)
-
-
 def evaluate_checkpoint(
-    place: Path,
+    place: str | Path,
     data: str,
-    folder: Path,
+    folder: str | Path,
     precision: str = "fp32",
     overrides: Sequence[str] = (),
-    zero_shot: Path | None = None,
+    zero_shot: str | Path | None = None,
 ) -> dict[str, Any]:
     """Figures of a run's best checkpoint (or the one that `place` is) on `data`, printed and written to eval.jsonl.
 
     Any ZeRO stage and world size may have trained it. `zero_shot` is a folder of classnames.txt, templates.txt and a
     sub-folder of pictures for each class. Errors: UserError names what is missing or damaged.
     """
-    path = checkpoint_path(place)
-    recipe = load_recipe(path.parent.parent / "recipe.yaml", overrides)
-    if zero_shot is not None and recipe.video is not None:
-        raise UserError(f"--zero_shot is for images, and {path} is a video model: leave it out")
-    classes = load_zero_shot_set(zero_shot) if zero_shot is not None else None
-    model = with_video_head(build_model(recipe.model), recipe.video)
+    from convclip.engine.zero.checkpoint import checkpoint_path, load_weights, read_state, write_text
+
+    path, folder = checkpoint_path(Path(place)), Path(folder)
+    task = open_task(load_recipe(path.parent.parent / "recipe.yaml", overrides))
+    classes = task.zero_shot(Path(zero_shot)) if zero_shot is not None else None
+    model = task.build_model()
     load_weights(model, path)
-    dtype, device = PRECISIONS[precision], torch.device(get_accelerator().current_device_name())
+    dtype, device = PRECISIONS[precision], current_device()
     model = model.to(device, dtype).eval()
-    evaluation = open_evaluation(recipe, data)
+    evaluation = task.evaluation(data)
     figures = evaluation.figures(model, device, dtype)
     table = evaluation.table(figures)
     if classes is not None:
-        transform, tokenizer = EvalTransform(recipe.model.image.image_size), build_tokenizer(recipe.model.text)
-        settings = (recipe.model.image, device, dtype, recipe.evaluation.batch, recipe.data.workers)
-        found = zero_shot_accuracy(model, classes, transform, tokenizer, *settings)
-        figures["zero_shot"] = found
-        table += f"\nzero-shot, {found['classes']} classes, {found['images']} images: "
-        table += f"top-1 {found['top1']:.2f} top-5 {found['top5']:.2f}"
+        figures["zero_shot"] = classes.figures(model, device, dtype)
+        table += f"\n{classes.table(figures['zero_shot'])}"
     if is_main():
         print(table)
         row = {"checkpoint": str(path), "data": data, "precision": precision, "step": read_state(path).step, **figures}

@@ -293,7 +293,7 @@ class Loss(Section):
     mask_same_image: bool = False
 
 
-class Evaluation(Section):
+class EvaluationConfig(Section):
     """Retrieval evaluation in training: every so many epochs, and after the last."""
 
     every_epochs: int = Field(1, ge=0)
@@ -327,7 +327,7 @@ class Recipe(Section):
     head_alignment: HeadAlignment | None = None
     video: Video | None = None
     features: Features = Features()
-    evaluation: Evaluation = Evaluation()
+    evaluation: EvaluationConfig = EvaluationConfig()
     checkpoint: Checkpoint = Checkpoint()
     activation_checkpointing: bool = False
     log_every: int = Field(10, gt=0)

@@ -37,14 +37,15 @@ def print_recipes() -> None:
 
 def print_plan(recipe: Recipe, ds_config: str | None, as_json: bool, plot: Path | None) -> None:
     """The plan, on a meta device: no data, no weights, no process group."""
-    from convclip.engine.plan.plan import format_plan, make_plan, plot_plan
+    from convclip.engine.plan.plan import format_plan, plot_plan
+    from convclip.run import plan_recipe
 
     config = None
     if ds_config is not None:
         from convclip.engine.zero.ds_config import load_ds_config
 
         config = load_ds_config(ds_config)
-    plan = make_plan(recipe, config, int(os.environ.get("WORLD_SIZE", "1")))
+    plan = plan_recipe(recipe, config, int(os.environ.get("WORLD_SIZE", "1")))
     print(json.dumps(plan) if as_json else format_plan(plan))
     if plot is not None:
         plot_plan(plan, plot)

@@ -2,25 +2,35 @@
 
 import ast
 import functools
+import re
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
 
 REPOSITORY = Path(__file__).parent.parent
-GROUND = {"schema", "config", "distributed"}
-PARTS = {"models", "losses", "data"}
+GROUND = {"schema", "config", "distributed", "files", "devices"}
+PARTS = {"models", "losses", "data", "features"}
+BELOW_ENGINE = GROUND | PARTS | {"evaluation"}
 # Part of convclip: the parts it may import, besides itself.
 MAY_IMPORT = {
     "schema": set(),
     "config": {"schema"},
     "distributed": set(),
+    "devices": set(),
     "models": GROUND,
     # Losses take tensors and a process group; of the schema they know the error that users see.
     "losses": {"distributed", "schema"},
     "data": GROUND,
+    "features": GROUND,
     "evaluation": GROUND | PARTS,
-    "engine": GROUND | PARTS | {"evaluation"},
+    "engine": BELOW_ENGINE,
+    "video": BELOW_ENGINE | {"engine"},
+    "run": BELOW_ENGINE | {"engine", "video"},
 }
+# Rooms of the engine that know no DeepSpeed; in the others the engine's steps are taken.
+WITHOUT_DEEPSPEED = ("stages", "stored", "plan")
 SCRIPTS = ("launch", "tools", "benchmarks")
 MODULES = sorted((REPOSITORY / "convclip").rglob("*.py"))
 FILES = MODULES + [path for folder in SCRIPTS for path in sorted((REPOSITORY / folder).rglob("*.py"))]
@@ -79,8 +89,42 @@ def test_only_lower_floors_are_imported(path):
 @pytest.mark.parametrize("path", FILES, ids=IDS)
 def test_only_engine_and_launch_import_deepspeed(path):
     names = {name.split(".")[0] for name in imports_of(path)}
-    if layer_of(path) not in ("engine", "launch", "benchmarks"):
+    above = layer_of(path) in ("engine", "launch", "benchmarks") and path.parent.name not in WITHOUT_DEEPSPEED
+    if not above or path.stem in ("task", "inputs", "objective", "meters"):
         assert "deepspeed" not in names
+
+
+def test_no_two_modules_or_classes_share_a_name():
+    stems = [path.stem for path in MODULES if path.stem != "__init__"]
+    classes = [
+        node.name
+        for path in MODULES
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8")))
+        if isinstance(node, ast.ClassDef) and not node.name.startswith("_")
+    ]
+    for names in (stems, classes):
+        assert not {name for name in names if names.count(name) > 1}
+
+
+def test_only_the_recipe_is_asked_for_video_and_once():
+    """Image-text and video part ways in `run.open_task`; the schema holds the section."""
+    asking = [
+        path.relative_to(REPOSITORY).as_posix()
+        for path in FILES
+        if re.search(r"\.video is (not )?None|if \w+\.video\b", path.read_text(encoding="utf-8"))
+    ]
+    assert asking == ["convclip/run.py"]
+
+
+def test_the_trainer_stands_on_few_modules():
+    path = REPOSITORY / "convclip" / "engine" / "trainer.py"
+    modules = {name.rpartition(".")[0] for name in imports_of(path) if part_of(name)}
+    assert len(modules) <= 10, sorted(modules)
+
+
+def test_import_convclip_takes_no_torch():
+    code = "import sys, convclip; sys.exit(bool({'torch', 'deepspeed', 'numpy'} & set(sys.modules)))"
+    subprocess.run([sys.executable, "-c", code], cwd=REPOSITORY, check=True)
 
 
 @pytest.mark.parametrize("name", ["schema", "config"])

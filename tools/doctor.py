@@ -111,7 +111,7 @@ def look_at_compiler(findings: Findings) -> None:
 def look_at_devices(findings: Findings) -> None:
     """Devices and precisions, as DeepSpeed's accelerator reports them."""
     try:
-        from convclip.devices import find_devices
+        from convclip.engine.zero.accelerator import find_devices
     except ImportError as error:
         findings.add("devices", "unknown", f"DeepSpeed cannot be imported ({error}): {REINSTALL}")
         return

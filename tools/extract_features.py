@@ -33,30 +33,33 @@ def parse_arguments() -> argparse.Namespace:
 
 
 def extract(recipe: Recipe, arguments: argparse.Namespace) -> None:
-    """Refuse flags that do not go together, then extract."""
-    if arguments.kind == "xclip":
-        if recipe.video is None:
-            raise UserError(f"--kind xclip: recipe {recipe.name} is not for videos; use one with a video section")
-        if arguments.teacher is None:
-            raise UserError("--kind xclip: --teacher is needed, the X-CLIP checkpoint")
-        if arguments.verify:
-            raise UserError("--verify is for image recipes")
-        from convclip.video.video_extraction import run_xclip_extraction
-
-        run_xclip_extraction(recipe, arguments.output, arguments.teacher, arguments.precision)
-        return
-    if arguments.teacher is not None:
+    """Refuse flags that do not go together, then extract, or verify and print the largest difference by array."""
+    is_teacher = arguments.kind == "xclip"
+    if is_teacher and arguments.teacher is None:
+        raise UserError("--kind xclip: --teacher is needed, the X-CLIP checkpoint")
+    if is_teacher and arguments.verify:
+        raise UserError("--verify is for image recipes")
+    if arguments.teacher is not None and not is_teacher:
         raise UserError("--teacher is for --kind xclip; the teacher of an image recipe is its own section")
-    if recipe.video is not None:
-        if arguments.verify:
-            raise UserError("--verify is for image recipes")
-        from convclip.video.video_extraction import run_towers_extraction
+    from convclip.devices import PRECISIONS
+    from convclip.distributed import is_main
+    from convclip.engine.stored.extraction import VERIFIED_ITEMS
+    from convclip.engine.zero.launcher import start_processes
+    from convclip.run import open_task
 
-        run_towers_extraction(recipe, arguments.output, arguments.precision)
-        return
-    from convclip.engine.stored.extraction import run_extraction
-
-    run_extraction(recipe, arguments.output, arguments.precision, arguments.verify)
+    start_processes()
+    task, dtype, path = open_task(recipe), PRECISIONS[arguments.precision], arguments.output
+    if arguments.verify:
+        differences = task.verify(path, dtype)
+        lines = [f"{n}: largest difference {d:.3g} over {VERIFIED_ITEMS} items" for n, d in differences.items()]
+    elif is_teacher:
+        task.extract_teacher(path, arguments.teacher, arguments.precision)
+        lines = [f"{path}: done; train with --set 'video.teachers=[{path}]'"]
+    else:
+        task.extract(path, dtype)
+        lines = [f"{path}: done; train with --set features={path}"]
+    if is_main():
+        print("\n".join(lines))
 
 
 def main() -> int:
@@ -65,8 +68,9 @@ def main() -> int:
     try:
         data = f"data.train={json.dumps(arguments.train_data)}"
         recipe = load_recipe(arguments.recipe, [*arguments.overrides, data])
-        if recipe.video is None and recipe.features.view_count is None:
-            recipe = load_recipe(arguments.recipe, [*arguments.overrides, data, "features.views=1"])
+        if recipe.features.mode == "live":
+            # As a run that stores: views are the recipe's, or one.
+            recipe = load_recipe(arguments.recipe, [*arguments.overrides, data, "features.mode=fill"])
         extract(recipe, arguments)
     except UserError as error:
         print(f"convclip: {error}", file=sys.stderr)

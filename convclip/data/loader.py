@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Protocol, TypedDict
 
 import numpy as np
 import torch
@@ -58,6 +58,21 @@ def plain_worker_errors() -> Iterator[None]:
     except UserError as error:
         # From a worker, torch wraps the message into its own traceback; the last line is ours.
         raise UserError(str(error).strip().splitlines()[-1].split("UserError: ")[-1]) from None
+
+
+class Batch(TypedDict, total=False):
+    """A micro batch of pictures and captions, on the CPU; `image`, `text` and `teacher_text` only where they are read.
+
+    image: uint8 [B, 3, S, S]. text: int64 [B, T]. teacher_text: int64 [B, teacher's T]. image_id, caption_id: int64
+    [B]. broken: one line for each sample that could not be used and was replaced.
+    """
+
+    image: torch.Tensor
+    text: torch.Tensor
+    teacher_text: torch.Tensor
+    image_id: torch.Tensor
+    caption_id: torch.Tensor
+    broken: list[str]
 
 
 class Rowed(Protocol):
@@ -135,7 +150,7 @@ class EpochLoader:
             f"rows left out; {self.data.workers} workers per rank"
         )
 
-    def epoch(self, epoch: int, start_step: int = 0, pixels: bool = True, text: bool = True) -> Iterator[dict]:
+    def epoch(self, epoch: int, start_step: int = 0, pixels: bool = True, text: bool = True) -> Iterator[Batch]:
         """This rank's micro batches of `epoch` from optimizer step `start_step` on, micro_per_step for each step.
 
         Without `pixels` or `text` these are left out of the batches and no picture is read or caption tokenised.
@@ -158,7 +173,7 @@ class EpochLoader:
         rows = micro_batch(len(order), index, self.micro, self.rank, self.world)
         return Rows(epoch, pixels, text, np.arange(rows.start, rows.stop), order.image[rows], order.caption[rows])
 
-    def _count(self, batch: dict, is_last: bool) -> None:
+    def _count(self, batch: Batch, is_last: bool) -> None:
         self.seen += len(batch["caption_id"])
         self.broken += len(batch["broken"])
         enough = self.seen >= SAMPLES_BEFORE_STOP or is_last
@@ -173,8 +188,7 @@ class EpochLoader:
 class TrainLoader(EpochLoader):
     """Micro batches of pictures and captions.
 
-    A batch is `{"image": uint8 [B, 3, S, S], "text": int64 [B, T], "image_id": int64 [B], "caption_id": int64 [B],
-    "broken": list[str]}`. Each broken sample was replaced by another one drawn from (seed, epoch, row).
+    A batch is a `Batch`. Each broken sample was replaced by another one drawn from (seed, epoch, row).
     With a `teacher_tokenizer`, `teacher_text` has the captions in its tokens, wherever `text` is read.
 
     Args:
@@ -243,7 +257,7 @@ class MicroBatches(Dataset):
         self.transform, self.views, self.stored = transform, views, stored
         self.tokenizer, self.teacher_tokenizer = tokenizer, teacher_tokenizer
 
-    def __getitem__(self, rows: Rows) -> dict:
+    def __getitem__(self, rows: Rows) -> Batch:
         images, texts, image_ids, caption_ids, broken = [], [], [], [], []
         for row, image, caption in zip(rows.row.tolist(), rows.image.tolist(), rows.caption.tolist(), strict=True):
             pixels, text, image_id, caption_id = self._sample(rows, row, image, caption, broken)
@@ -251,7 +265,7 @@ class MicroBatches(Dataset):
             texts.append(text)
             image_ids.append(image_id)
             caption_ids.append(caption_id)
-        batch = {
+        batch: Batch = {
             "image_id": torch.tensor(image_ids, dtype=torch.int64),
             "caption_id": torch.tensor(caption_ids, dtype=torch.int64),
             "broken": broken,

@@ -7,14 +7,16 @@ embed, T tokens, C channels and H.W size of a feature map, S image side.
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Set
 from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from convclip.data.loader import Batch
 from convclip.data.transforms import normalize
+from convclip.engine.objective import is_on
 from convclip.engine.stored.frozen import FrozenWork
 from convclip.features.reader import FeatureStore, view_ids
 from convclip.models.dual_tower import INPUT, Cut
@@ -37,15 +39,13 @@ class Inputs:
     text_embedding: Tensor | None = None
     # Unit-length image and text embeddings [B, E] of the teacher.
     teacher: tuple[Tensor, Tensor] | None = None
-    # Unit-length embeddings [B, D] of the reference head.
-    reference: Tensor | None = None
-    # Makes of pictures of bytes what the tower takes.
+    # Normalises uint8 images for the tower.
     normalize: Callable[[Tensor], Tensor] | None = None
 
     @property
     def tower_image(self) -> Tensor:
         """`image` as the tower takes it."""
-        return self.normalize(self.image) if self.image.dtype == torch.uint8 else self.image
+        return self.normalize(self.image) if self.normalize and self.image.dtype == torch.uint8 else self.image
 
     def model_inputs(self, without_text: bool = False) -> tuple[Any, ...]:
         """Arguments of DualTower.forward."""
@@ -65,12 +65,20 @@ class Inputs:
         value = getattr(self, tower)
         return value.nbytes if isinstance(value, Tensor) else sum(part.nbytes for part in value)
 
-    def with_reference(self, reference: Tensor | None = None) -> Inputs:
-        """The same batch with the reference head's embeddings."""
-        return replace(self, reference=reference)
+
+@dataclass(frozen=True)
+class Reads:
+    """What a step takes from the store, and what the loader has to read for it."""
+
+    stored_image: bool
+    stored_text: bool
+    teacher: bool
+    # Arguments of EpochLoader.epoch.
+    pixels: bool
+    text: bool
 
 
-class InputSource:
+class ImageTextSource:
     """Makes Inputs of the loader's batches: live, or from the store for as long as what it holds is valid."""
 
     def __init__(
@@ -87,14 +95,21 @@ class InputSource:
         tower = recipe.model.image
         self.normalize = functools.partial(normalize, mean=tower.mean, std=tower.std, dtype=dtype)
         self.views = recipe.features.view_count or 1
-        self.teacher_is_on = recipe.teacher is not None
-        self.stored_image = self.stored_text = False
 
-    def enter_stage(self, frozen: Cut, trainable: set[str]) -> None:
-        """Decide what is read from the store in a stage that trains `trainable`, none below `frozen`."""
+    def reads(self, frozen: Cut, trainable: Set[str], step: int) -> Reads:
+        """For a step of a stage that trains `trainable`, nothing of it below `frozen`."""
         text_is_frozen = not any(name.startswith("text.") for name in trainable)
-        self.stored_image = self.store is not None and 0 < self.work.boundary <= frozen.image
-        self.stored_text = self.store is not None and self.work.text and text_is_frozen
+        stored_image = self.store is not None and 0 < self.work.boundary <= frozen.image
+        stored_text = self.store is not None and self.work.text and text_is_frozen
+        teacher = is_on(self.recipe.teacher, step)
+        live_teacher = self.teacher is not None and teacher
+        return Reads(
+            stored_image,
+            stored_text,
+            teacher,
+            pixels=live_teacher or not stored_image,
+            text=live_teacher or not stored_text,
+        )
 
     @property
     def teacher_scale(self) -> float | None:
@@ -103,37 +118,43 @@ class InputSource:
             return self.teacher.scale
         return self.store.identity.get("teacher_logit_scale") if self.store is not None else None
 
-    @property
-    def wanted(self) -> dict[str, bool]:
-        """What the loader has to read: pixels, text (arguments of TrainLoader.epoch)."""
-        live_teacher = self.teacher is not None and self.teacher_is_on
-        return {"pixels": live_teacher or not self.stored_image, "text": live_teacher or not self.stored_text}
-
-    def __call__(self, batch: dict[str, Any], epoch: int) -> Inputs:
+    def inputs(self, batch: Batch, epoch: int, reads: Reads) -> Inputs:
         """The micro batch on the device."""
         image_id, caption_id = batch["image_id"], batch["caption_id"]
         views = view_ids(image_id, epoch % self.views, self.views) if self.store is not None else None
         pixels = self._to_device(batch["image"]) if "image" in batch else None
-        text = None if self.stored_text else self._to_device(batch["text"])
-        image = self._to_device(self.store.read("image_map", views)) if self.stored_image else pixels
         return Inputs(
-            image,
-            text,
+            self._stored("image_map", views) if reads.stored_image else pixels,
+            None if reads.stored_text else self._to_device(batch["text"]),
             self._to_device(image_id),
-            Cut(self.work.boundary) if self.stored_image else INPUT,
-            self._to_device(self.store.read("text_embedding", caption_id)) if self.stored_text else None,
-            self._teacher(batch, pixels, views),
+            Cut(self.work.boundary) if reads.stored_image else INPUT,
+            self._stored("text_embedding", caption_id) if reads.stored_text else None,
+            self._teacher(batch, pixels, views) if reads.teacher else None,
             normalize=self.normalize,
         )
 
-    def _teacher(self, batch: dict[str, Any], pixels: Tensor | None, views: Any) -> tuple[Tensor, Tensor] | None:
-        if not self.teacher_is_on:
-            return None
+    def first_stored(self) -> dict[str, int]:
+        """image_id and caption_id of items that the store holds; those it has no features of are left out."""
+        ids = {}
+        for name, key in (
+            ("image_map", "image_id"),
+            ("teacher_image", "image_id"),
+            ("text_embedding", "caption_id"),
+            ("teacher_text", "caption_id"),
+        ):
+            if self.store is not None and name in self.store:
+                ids[key] = int(self.store.ids(name)[0]) // (self.views if key == "image_id" else 1)
+        return ids
+
+    def _teacher(self, batch: Batch, pixels: Tensor | None, views: Any) -> tuple[Tensor, Tensor]:
         if self.teacher is not None:
             text = self._to_device(batch["teacher_text"])
             return self.teacher.encode_image(pixels), self.teacher.encode_text(text)
-        image = self.store.read("teacher_image", views)
-        return self._to_device(image), self._to_device(self.store.read("teacher_text", batch["caption_id"]))
+        return self._stored("teacher_image", views), self._stored("teacher_text", batch["caption_id"])
+
+    def _stored(self, name: str, ids: Any) -> Tensor:
+        assert self.store is not None
+        return self._to_device(self.store.read(name, ids))
 
     def _to_device(self, tensor: Tensor) -> Tensor:
         return tensor.to(self.device, non_blocking=True)

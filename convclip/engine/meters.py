@@ -5,13 +5,11 @@ from __future__ import annotations
 import json
 import logging
 import math
-import resource
 import sys
 import time
 from pathlib import Path
 from typing import Any
 
-from deepspeed.accelerator import get_accelerator
 from torch import Tensor
 
 from convclip.distributed import is_main
@@ -158,18 +156,6 @@ class LossWatch:
                     f"stopped at step {step}: {self.bad_steps} steps in a row without a finite loss; lower optim.lr, "
                     f"set optim.clip_grad_norm, or use bf16 or fp32; the last good checkpoint is kept"
                 )
-
-
-def on_accelerator() -> bool:
-    """Whether the run has a device with memory of its own."""
-    return get_accelerator().device_name() != "cpu"
-
-
-def memory_gib() -> float:
-    """Peak memory of this process in GiB: on the accelerator where there is one, else resident."""
-    if on_accelerator():
-        return get_accelerator().max_memory_allocated() / 2**30
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
 
 
 def clock(seconds: float) -> str:

@@ -2,99 +2,71 @@
 
 from __future__ import annotations
 
-import math
-from collections.abc import Mapping
-from typing import Any
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Any, TypeAlias
 
 import torch
 from torch import Tensor
 
-from convclip.engine.inputs import Inputs
 from convclip.losses.contrastive import clip_loss, siglip_loss
 from convclip.losses.distillation import distillation_loss
 from convclip.losses.head_alignment import head_alignment_loss
+from convclip.models.dual_tower import Outputs
 from convclip.schema import HeadAlignment, Recipe, TeacherConfig
-from convclip.video.teachclip_loss import stuck_at_chance, teachclip_loss
-from convclip.video.temporal import frame_mask
-from convclip.video.video_inputs import VideoInputs
 
-# Logged steps in a row at chance that make a collapse.
-STUCK_STEPS = 10
+if TYPE_CHECKING:
+    from convclip.engine.inputs import Inputs
+
+# Losses by name; `total` is what is trained.
+Losses: TypeAlias = dict[str, Tensor]
 
 
-class Objective:
-    """The weighted sum of a recipe's losses. The trainer sets `step`: from its end step on, a loss counts no more."""
+def is_on(part: TeacherConfig | HeadAlignment | None, step: int) -> bool:
+    """Whether the recipe has this loss and `step` comes before its end step."""
+    return part is not None and (part.end_step is None or step < part.end_step)
+
+
+class ImageTextObjective:
+    """The weighted sum of a recipe's losses."""
 
     def __init__(self, recipe: Recipe, teacher_scale: float | None = None) -> None:
-        self.recipe, self.teacher_scale, self.step = recipe, teacher_scale, 0
+        self.recipe, self.teacher_scale = recipe, teacher_scale
 
-    def __call__(
-        self, image_features: Tensor, text_features: Tensor, logit_scale: Tensor, batches: list[Inputs]
-    ) -> dict[str, Tensor]:
-        """Losses by name; `total` is what is trained. Features [B, D], unit length: the rows of `batches` in turn.
+    def __call__(self, outputs: Outputs, batches: Sequence[Inputs], step: int) -> Losses:
+        """Losses of optimizer step `step`, counted from 0. Rows of `outputs` are those of `batches` in turn.
 
-        logit_scale [1], exponentiated, or [2] with the logit bias behind it.
+        Where a locked text tower's embeddings came from the store, outputs.text is None and the batches have them.
         """
         recipe, tile = self.recipe, self.recipe.loss.tile
-        ids = torch.cat([batch.image_id for batch in batches]) if recipe.loss.mask_same_image else None
-        loss = clip_loss if recipe.loss.kind == "softmax" else siglip_loss
-        losses = {"contrastive": loss(image_features, text_features, *logit_scale.split(1), tile=tile, ids=ids)}
-        total = losses["contrastive"]
-        if self.is_on(recipe.teacher):
+        image, scale = outputs.image, outputs.logit_scale
+        text = _joined(batches, "text_embedding") if outputs.text is None else outputs.text
+        ids = _joined(batches, "image_id") if recipe.loss.mask_same_image else None
+        if recipe.loss.kind == "softmax":
+            contrastive = clip_loss(image, text, scale, tile=tile, ids=ids)
+        else:
+            contrastive = siglip_loss(image, text, scale, outputs.logit_bias, tile=tile, ids=ids)
+        losses, total = {"contrastive": contrastive}, contrastive
+        if recipe.teacher is not None and is_on(recipe.teacher, step):
             teacher = [torch.cat(rows) for rows in zip(*(batch.teacher for batch in batches), strict=True)]
-            student = (image_features, text_features, logit_scale[:1])
-            scale = logit_scale.new_tensor(self.teacher_scale)
             losses["distillation"] = distillation_loss(
-                *student, *teacher, scale, temperature=recipe.teacher.temperature, tile=tile
+                *(image, text, scale),
+                *teacher,
+                scale.new_tensor(self.teacher_scale),
+                temperature=recipe.teacher.temperature,
+                tile=tile,
             )
             total = total + recipe.teacher.weight * losses["distillation"]
-        if self.is_on(recipe.head_alignment):
-            reference = torch.cat([batch.reference for batch in batches])
-            losses["head_alignment"] = head_alignment_loss(image_features, reference, recipe.head_alignment.kind)
+        if recipe.head_alignment is not None and is_on(recipe.head_alignment, step):
+            reference = outputs.extras["reference"]
+            losses["head_alignment"] = head_alignment_loss(image, reference, recipe.head_alignment.kind)
             total = total + recipe.head_alignment.weight * losses["head_alignment"]
         return {"total": total, **losses}
-
-    def is_on(self, part: TeacherConfig | HeadAlignment | None) -> bool:
-        """Whether the recipe has this loss and the run has not come to its end step."""
-        return part is not None and (part.end_step is None or self.step < part.end_step)
 
     def warnings(self, row: Mapping[str, Any]) -> list[str]:
         """What a row of metrics.jsonl says of a run gone wrong."""
         return []
 
 
-class VideoObjective:
-    """TeachCLIP's losses by a recipe's weights; the trainer sets `step`, which they do not depend on."""
-
-    def __init__(self, recipe: Recipe) -> None:
-        self.recipe, self.step = recipe, 0
-        # The ground-truth losses of the latest logged steps; None once a collapse was reported.
-        self.recent: list[float] | None = []
-
-    def __call__(self, video: Tensor, text: Tensor, logit_scale: Tensor, batches: list[VideoInputs]) -> dict:
-        """Losses by name; `total` is what is trained. Features [B, D], unit length, of the one micro batch given."""
-        (batch,), settings = batches, self.recipe.video
-        mask = frame_mask(batch.n_frames, batch.frame_weights.shape[1]) if settings.mask_padding else None
-        return teachclip_loss(
-            *(text, video, logit_scale, batch.frame_weights, batch.targets, mask),
-            coarse=settings.coarse,
-            weights=settings.weights,
-        )
-
-    def is_on(self, part: object) -> bool:
-        """Whether the recipe has this loss."""
-        return part is not None
-
-    def warnings(self, row: Mapping[str, Any]) -> list[str]:
-        """One line, once, when the ground-truth loss has stayed at ln(global batch)."""
-        if self.recent is None:
-            return []
-        self.recent = [*self.recent, row["loss_ground_truth"]][-STUCK_STEPS:]
-        batch = self.recipe.batch.global_ // self.recipe.batch.accumulation
-        if len(self.recent) < STUCK_STEPS or not stuck_at_chance(self.recent, batch):
-            return []
-        self.recent = None
-        return [
-            f"step {row['step']}: collapse: the ground-truth loss has stayed at ln({batch}) = {math.log(batch):.3f} "
-            f"for {STUCK_STEPS} logged steps: all pairs score alike; check the pretrained weights, lower optim.lr"
-        ]
+def _joined(batches: Sequence[Inputs], field: str) -> Tensor:
+    rows = [getattr(batch, field) for batch in batches]
+    return rows[0] if len(rows) == 1 else torch.cat(rows)

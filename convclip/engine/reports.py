@@ -2,31 +2,30 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any
 
-from deepspeed import DeepSpeedEngine
-from torch import Tensor
-
+from convclip.devices import memory_gib
 from convclip.distributed import all_reduce_mean
-from convclip.engine.meters import clock, memory_gib
+from convclip.engine.meters import clock
 from convclip.engine.stages.groups import Stage, describe_amount
+from convclip.engine.steps import StepResult
+from convclip.engine.zero.staged_engine import StagedEngine
 from convclip.models.layer_groups import parameter_counts
-from convclip.schema import Recipe, Unfreeze
+from convclip.schema import Recipe
 
 
-def step_figures(engine: DeepSpeedEngine, losses: Mapping[str, Tensor], logit_scale: Tensor) -> dict[str, Any]:
-    """What a step's row says of the optimization; every rank calls it, for losses are averaged over ranks.
-
-    logit_scale [1], exponentiated, or [2] with the logit bias behind it.
-    """
+def step_figures(staged: StagedEngine, result: StepResult) -> dict[str, Any]:
+    """What a step's row says of the optimization; every rank calls it, for losses are averaged over ranks."""
+    losses, engine = result.losses, staged.engine
     parts = {f"loss_{name}": value for name, value in losses.items() if name != "total" and len(losses) > 2}
     grad_norm = engine.get_global_grad_norm()
     return {
         "loss": all_reduce_mean(losses["total"]).item(),
         **{name: all_reduce_mean(value).item() for name, value in parts.items()},
-        "lr": {group["name"]: group["lr"] for group in engine.optimizer.param_groups},
-        **dict(zip(("logit_scale", "logit_bias"), logit_scale.tolist(), strict=False)),
+        "lr": {group["name"]: group["lr"] for group in staged.parameter_groups},
+        "logit_scale": result.logit_scale.item(),
+        **({} if result.logit_bias is None else {"logit_bias": result.logit_bias.item()}),
         # DeepSpeed computes none in stage 0 without clipping.
         "grad_norm": None if grad_norm is None else float(grad_norm),
         "loss_scale": engine.optimizer.loss_scaler.cur_scale if engine.fp16_enabled() else None,
@@ -34,27 +33,41 @@ def step_figures(engine: DeepSpeedEngine, losses: Mapping[str, Tensor], logit_sc
     }
 
 
+def start_report(staged: StagedEngine, recipe: Recipe, steps_per_epoch: int, total_steps: int) -> list[str]:
+    """Before the first step: what trains, and the arithmetic of the batch."""
+    counts = parameter_counts(staged.engine.module, staged.trainable)
+    micro, count = recipe.batch.per_rank(staged.world)
+    return [
+        f"{recipe.name}: trainable visual {counts['visual']:,} text {counts['text']:,} total {counts['total']:,}",
+        f"micro batch {micro} x accumulation {count} x world {staged.world} = global batch "
+        f"{micro * count * staged.world}; {steps_per_epoch} steps per epoch, {total_steps} in all",
+    ]
+
+
 def unfreeze_report(
-    engine: DeepSpeedEngine, recipe: Recipe, stage: Stage, event: Unfreeze, step: int, epoch: int, seconds: float
-) -> tuple[dict[str, Any], str]:
-    """An event of `stage`, whose groups the engine has had for `seconds` to take in."""
-    number = recipe.freezing.unfreeze.index(event)
-    groups = [group for group in stage.opened if group.event == number]
-    opened = parameter_counts(engine.module, {name for group in groups for name in group.parameters})["total"]
-    lr = {group["name"]: group["lr"] for group in engine.optimizer.param_groups}[groups[0].name]
-    row = {
-        "event": "unfreeze",
-        "step": step,
-        "epoch": epoch,
-        "tower": event.tower,
-        "opened": describe_amount(event),
-        "parameters": opened,
-        "lr_scale": groups[0].lr_scale,
-    }
-    return row, (
-        f"unfreeze {event.tower}: {row['opened']}, {opened:,} parameters, "
-        f"lr {lr:.2e} = {groups[0].lr_scale:g} x lr(step); rebuilt in {seconds:.2f} s"
-    )
+    staged: StagedEngine, recipe: Recipe, stage: Stage, step: int, epoch: int, seconds: float
+) -> Iterator[tuple[dict[str, Any], str]]:
+    """Row and log line of each event of `stage`, whose groups the engine has had for `seconds` to take in."""
+    lr = {group["name"]: group["lr"] for group in staged.parameter_groups}
+    for event in stage.events:
+        number = recipe.freezing.unfreeze.index(event)
+        groups = [group for group in stage.opened if group.event == number]
+        names = {name for group in groups for name in group.parameters}
+        row = {
+            "event": "unfreeze",
+            "step": step,
+            "epoch": epoch,
+            "tower": event.tower,
+            "opened": describe_amount(event),
+            "parameters": parameter_counts(staged.engine.module, names)["total"],
+            "lr_scale": groups[0].lr_scale,
+        }
+        yield (
+            row,
+            f"unfreeze {event.tower}: {row['opened']}, {row['parameters']:,} parameters, "
+            f"lr {lr[groups[0].name]:.2e} = {groups[0].lr_scale:g} x lr(step); "
+            f"rebuilt in {seconds:.2f} s",
+        )
 
 
 def summary_report(recipe: Recipe, best: Mapping[str, Any], steps: int, seconds: float) -> tuple[dict[str, Any], str]:

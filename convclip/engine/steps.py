@@ -9,108 +9,135 @@ Shapes: B rows of a micro batch or chunk, N chunks, D embed.
 
 from __future__ import annotations
 
-import contextlib
-from collections.abc import Callable, Iterable
-from dataclasses import dataclass
-from typing import TypeAlias
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any, NamedTuple, Protocol, TypeAlias
 
 import torch
 from deepspeed import DeepSpeedEngine
-from deepspeed.accelerator import get_accelerator
 from torch import Tensor
 
+from convclip.devices import RandomState
 from convclip.engine.inputs import Inputs
-from convclip.engine.meters import on_accelerator
-from convclip.models.dual_tower import Cut
+from convclip.engine.objective import Losses
+from convclip.engine.zero.build import reduce_once
+from convclip.models.dual_tower import Cut, Outputs
 
-Losses: TypeAlias = dict[str, Tensor]
-# (image features, text features, logit scale, the micro batches they come from) -> losses by name, `total` among them.
-LossOf: TypeAlias = Callable[[Tensor, Tensor, Tensor, list[Inputs]], Losses]
+# (outputs of the model, the micro batches they come from, the optimizer step) -> losses.
+Objective: TypeAlias = Callable[[Outputs, Sequence[Any], int], Losses]
 
 
-@dataclass
-class RandomState:
-    """State of the generators that the towers draw from."""
+class ModelInputs(Protocol):
+    """A micro batch on the device, of any task."""
 
-    cpu: Tensor
-    device: Tensor | None
+    def model_inputs(self) -> tuple[Any, ...]:
+        """Arguments of the model."""
 
-    @classmethod
-    def now(cls) -> RandomState:
-        """The present state."""
-        on_device = on_accelerator()
-        return cls(torch.get_rng_state(), get_accelerator().get_rng_state() if on_device else None)
 
-    def restore(self) -> None:
-        """Draw again what was drawn after `now()`."""
-        torch.set_rng_state(self.cpu)
-        if self.device is not None:
-            get_accelerator().set_rng_state(self.device)
+class StepResult(NamedTuple):
+    """Losses of this rank, and the model's exponentiated logit scale [1] and logit bias [1]; no gradient."""
+
+    losses: Losses
+    logit_scale: Tensor
+    logit_bias: Tensor | None
 
 
 def accumulated_step(
-    engine: DeepSpeedEngine, batches: Iterable[Inputs], loss_of: LossOf, count: int
-) -> tuple[Losses, Tensor]:
-    """One optimizer step over `count` micro batches, each with its own loss; (mean losses, exp(logit_scale))."""
+    engine: DeepSpeedEngine, batches: Iterable[ModelInputs], objective: Objective, step: int
+) -> StepResult:
+    """One optimizer step over as many micro batches as the engine accumulates, each with its own loss; mean losses."""
     mean: Losses = {}
+    count = engine.gradient_accumulation_steps()
     for batch in batches:
-        image, text, scale, *reference = engine(*batch.model_inputs())
-        losses = loss_of(
-            image, batch.text_embedding if text is None else text, scale, [batch.with_reference(*reference)]
-        )
+        outputs: Outputs = engine(*batch.model_inputs())
+        losses = objective(outputs, [batch], step)
         engine.backward(losses["total"])
         engine.step()
         for name, loss in losses.items():
-            mean[name] = mean.get(name, 0) + loss.detach() / count
-    return mean, scale.detach()
+            share = loss.detach() / count
+            mean[name] = mean[name] + share if name in mean else share
+    return StepResult(mean, outputs.logit_scale.detach(), _detached(outputs.logit_bias))
 
 
 def chunked_step(
-    engine: DeepSpeedEngine, chunks: Iterable[Inputs], loss_of: LossOf, frozen: Cut, keep_bytes: float
-) -> tuple[Losses, Tensor]:
+    engine: DeepSpeedEngine,
+    chunks: Iterable[Inputs],
+    objective: Objective,
+    step: int,
+    frozen: Cut,
+    keep_bytes: float,
+) -> StepResult:
     """One optimizer step over `chunks` (as many as the engine accumulates) with one loss for all of them.
 
-    Nothing below `frozen` trains; what the towers make of a chunk up to there is kept for the second pass while what
-    it takes beyond the input that it replaces fits what is left of `keep_bytes`. Returns (losses, exp(logit_scale)).
+    Nothing below `frozen` trains. What the towers make of a chunk up to there is kept for the second pass, as long as
+    it takes at most `keep_bytes` more than the inputs that it replaces.
     """
     last = engine.gradient_accumulation_steps() - 1
     kept: list[Inputs] = []
-    states, images, texts = [], [], []
+    states: list[RandomState] = []
+    parts: list[Outputs] = []
     with torch.no_grad():
         for number, chunk in enumerate(chunks):
             # What is frozen draws no random numbers, so this is also the state behind it.
             states.append(RandomState.now())
             chunk, keeps, keep_bytes = _without_frozen(engine, chunk, frozen, keep_bytes)
             with torch.set_grad_enabled(number == last):
-                image, text, scale, *reference = engine(*chunk.model_inputs())
-            images.append(image)
-            texts.append(chunk.text_embedding if text is None else text)
-            kept.append(keeps.with_reference(*reference))
-        features = [torch.cat(images), torch.cat(texts), scale]
+                parts.append(engine(*chunk.model_inputs()))
+            kept.append(keeps)
+        outputs = parts[last]
+        leaves = _leaves(parts)
+        parts.clear()
         # What the second pass must not change: random state, and the running statistics of batch norms.
         after, buffers = RandomState.now(), [buffer.clone() for buffer in engine.module.buffers()]
-    text_learns = texts[last].requires_grad
-    leaves = [x.detach().requires_grad_(learns) for x, learns in zip(features, (True, text_learns, True), strict=True)]
-    losses = loss_of(*leaves, kept)
+    losses = objective(leaves, kept, step)
     losses["total"].backward()
-    image_gradients, text_gradients = (None if x.grad is None else x.grad.split(len(image)) for x in leaves[:2])
-    with _one_reduction(engine):
+    text_learns = leaves.text is not None and leaves.text.requires_grad
+    rows = len(outputs.image)
+    with reduce_once(engine):
         for number in reversed(range(len(kept))):
             if number != last:
                 states[number].restore()
-                image, text, scale, *_ = engine(*kept[number].model_inputs(without_text=not text_learns))
-            surrogate = (image * image_gradients[number]).sum() + (scale * leaves[2].grad).sum() / len(kept)
-            if text_learns:
-                surrogate = surrogate + (text * text_gradients[number]).sum()
+                outputs = engine(*kept[number].model_inputs(without_text=not text_learns))
             engine.set_gradient_accumulation_boundary(number == 0)
-            engine.backward(surrogate, scale_wrt_gas=False)
+            engine.backward(_surrogate(outputs, leaves, number * rows, len(kept)), scale_wrt_gas=False)
     engine.set_gradient_accumulation_boundary(True)
     engine.step()
     after.restore()
     with torch.no_grad():
         for buffer, value in zip(engine.module.buffers(), buffers, strict=True):
             buffer.copy_(value)
-    return {name: loss.detach() for name, loss in losses.items()}, leaves[2].detach()
+    found = {name: loss.detach() for name, loss in losses.items()}
+    return StepResult(found, leaves.logit_scale.detach(), _detached(leaves.logit_bias))
+
+
+def _leaves(parts: Sequence[Outputs]) -> Outputs:
+    """The outputs of all chunks as one, cut off from the towers: leaves that gather the loss's gradient.
+
+    Only the last chunk ran with gradient, so it tells which outputs learn.
+    """
+    last = parts[-1]
+
+    def leaf(values: list[Tensor | None]) -> Tensor | None:
+        if values[-1] is None:
+            return None
+        return torch.cat(values).detach().requires_grad_(values[-1].requires_grad)
+
+    return Outputs(
+        leaf([part.image for part in parts]),
+        leaf([part.text for part in parts]),
+        last.logit_scale.detach().clone().requires_grad_(),
+        None if last.logit_bias is None else last.logit_bias.detach().clone().requires_grad_(),
+        {name: torch.cat([part.extras[name] for part in parts]).detach() for name in last.extras},
+    )
+
+
+def _surrogate(outputs: Outputs, leaves: Outputs, first: int, chunks: int) -> Tensor:
+    """A scalar whose gradient in a chunk's outputs is that of the loss: `first` is the chunk's first row."""
+    rows = slice(first, first + len(outputs.image))
+    of_rows = ((outputs.image, leaves.image), (outputs.text, leaves.text))
+    of_all = ((outputs.logit_scale, leaves.logit_scale), (outputs.logit_bias, leaves.logit_bias))
+    terms = [(x * leaf.grad[rows]).sum() for x, leaf in of_rows if x is not None and leaf.grad is not None]
+    terms += [(x * leaf.grad).sum() / chunks for x, leaf in of_all if x is not None]
+    return torch.stack(terms).sum()
 
 
 def _without_frozen(engine: DeepSpeedEngine, chunk: Inputs, frozen: Cut, room: float) -> tuple[Inputs, Inputs, float]:
@@ -119,7 +146,7 @@ def _without_frozen(engine: DeepSpeedEngine, chunk: Inputs, frozen: Cut, room: f
     below = chunk.up_to(frozen)
     if all(x is None for x in below):
         return chunk, chunk, room
-    for tower, value in zip(Cut._fields, engine(*below, chunk.cut, frozen), strict=True):
+    for tower, value in zip(Cut._fields, engine(*below, chunk.cut, stop=frozen), strict=True):
         if value is None:
             continue
         chunk = chunk.entering(tower, value, frozen)
@@ -130,9 +157,5 @@ def _without_frozen(engine: DeepSpeedEngine, chunk: Inputs, frozen: Cut, room: f
     return chunk, keeps, room
 
 
-def _one_reduction(engine: DeepSpeedEngine) -> contextlib.AbstractContextManager:
-    """Makes ZeRO stage 2 reduce gradients once for all backward passes within; stages 0 and 1 do by themselves.
-
-    Stage 3 goes on reducing at each, which is how it never holds the whole gradient.
-    """
-    return engine.coalesce_grad_reduction() if engine.zero_optimization_stage() == 2 else contextlib.nullcontext()
+def _detached(x: Tensor | None) -> Tensor | None:
+    return None if x is None else x.detach()

@@ -3,44 +3,39 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
-from deepspeed import DeepSpeedEngine
-from deepspeed.accelerator import get_accelerator
 
+from convclip.data.loader import Batch
+from convclip.devices import RandomState, forget_peak_memory, memory_gib, total_memory
 from convclip.distributed import world_size
-from convclip.engine.inputs import InputSource
-from convclip.engine.meters import logger, memory_gib
-from convclip.engine.plan.memory import GIB, estimate_stage, longest_captions
-from convclip.engine.stages.groups import Stage
-from convclip.engine.steps import RandomState
+from convclip.engine.meters import logger
+from convclip.engine.plan.memory import GIB, check_estimate, estimate_stage
 from convclip.engine.zero.build import OptimizerSnapshot, restore_snapshot, take_snapshot
+from convclip.engine.zero.optimizer import moved_state
+from convclip.engine.zero.staged_engine import StagedEngine
 from convclip.schema import Recipe, UserError
 
 
 def try_full_step(
-    engine: DeepSpeedEngine,
-    recipe: Recipe,
-    stage: Stage,
-    ds_config: Mapping[str, Any],
-    source: InputSource,
-    take_step: Callable[[Iterator[dict[str, Any]]], Any],
+    staged: StagedEngine, recipe: Recipe, batch: Batch, take_step: Callable[[Iterator[Batch]], Any]
 ) -> None:
-    """Run `take_step`, one optimizer step on the loader's batches, on made-up ones; then undo whatever it changed.
+    """Run `take_step`, one optimizer step on the loader's batches, on `batch` alone; then undo whatever it changed.
 
     It is a whole step, so that the optimizer's state is there too; weights, state, counters, loss scale, buffers and
     random state are put back, and what follows is to the bit what it would have been. UserError where memory runs out.
     """
+    engine = staged.engine
     before, random = _copied(take_snapshot(engine)), RandomState.now()
     buffers = [buffer.clone() for buffer in engine.module.buffers()]
     micro, count = recipe.batch.per_rank(world_size())
     logger.info(f"trying a full step of {micro * count} rows on made-up data")
     try:
-        take_step(itertools.repeat(made_up_batch(recipe, micro, source)))
+        take_step(itertools.repeat(batch))
     except torch.OutOfMemoryError:
-        raise UserError(_advice(recipe, stage, ds_config)) from None
+        raise UserError(_advice(staged, recipe)) from None
     logger.info(f"a full step fits: peak memory {memory_gib():.2f} GiB")
     engine.basic_optimizer.state.clear()
     restore_snapshot(engine, before)
@@ -48,53 +43,33 @@ def try_full_step(
         for buffer, value in zip(engine.module.buffers(), buffers, strict=True):
             buffer.copy_(value)
     random.restore()
-    get_accelerator().empty_cache()
-    get_accelerator().reset_peak_memory_stats()
+    forget_peak_memory()
 
 
-def made_up_batch(recipe: Recipe, rows: int, source: InputSource) -> dict[str, Any]:
-    """A batch as the loader gives it: noise, captions as long as the context, ids that the store has."""
-    generator, side = torch.Generator().manual_seed(0), recipe.model.image.image_size
-    batch: dict[str, Any] = {
-        "image": torch.randint(0, 256, (rows, 3, side, side), dtype=torch.uint8, generator=generator),
-        "text": longest_captions(recipe, rows),
-        "image_id": torch.arange(rows),
-        "caption_id": torch.arange(rows),
-        "broken": [],
-    }
-    if source.teacher is not None:
-        batch["teacher_text"] = source.teacher.tokenizer(["made up"]).repeat(rows, 1)
-    if source.store is not None:
-        for name, key, per_item in (
-            ("image_map", "image_id", source.views),
-            ("teacher_image", "image_id", source.views),
-            ("text_embedding", "caption_id", 1),
-            ("teacher_text", "caption_id", 1),
-        ):
-            if name in source.store:
-                batch[key] = torch.full((rows,), int(source.store.ids(name)[0]) // per_item)
-    return batch
+def estimate_report(staged: StagedEngine, recipe: Recipe) -> str:
+    """The plan's estimate of the present stage beside the memory that this process has taken at most."""
+    return check_estimate(recipe, staged.present, staged.ds_config, staged.world, memory_gib())
 
 
 def _copied(snapshot: OptimizerSnapshot) -> OptimizerSnapshot:
     """The snapshot, which only refers to tensors, with copies of them in main memory."""
     return OptimizerSnapshot(
         [master.detach().to("cpu", copy=True) for master in snapshot.masters],
-        [{key: value.to("cpu", copy=True) for key, value in state.items()} for state in snapshot.states],
+        [moved_state(state, "cpu", copy=True) for state in snapshot.states],
         snapshot.scaler,
         snapshot.counters,
     )
 
 
-def _advice(recipe: Recipe, stage: Stage, ds_config: Mapping[str, Any]) -> str:
+def _advice(staged: StagedEngine, recipe: Recipe) -> str:
     """One line that says what to change."""
-    world, size, batch = world_size(), get_accelerator().total_memory(), recipe.batch
+    world, size, batch = world_size(), total_memory(), recipe.batch
     micro, count = batch.per_rank(world)
     if batch.accumulation > 1:
         changes = [f"raise batch.accumulation above {batch.accumulation}"]
     else:
         chunked = recipe.model_copy(update={"batch": batch.model_copy(update={"micro": micro})})
-        fits = estimate_stage(chunked, stage, ds_config, world).largest_micro(size)
+        fits = estimate_stage(chunked, staged.present, staged.ds_config, world).largest_micro(size)
         changes = [f"set batch.micro below {micro}" + (f" ({fits} should fit)" if 0 < fits < micro else "")]
     if not recipe.activation_checkpointing:
         changes.append("set activation_checkpointing=true")

@@ -13,10 +13,11 @@ from convclip.data.evaluation_set import PADDING, EvaluationSet
 from convclip.data.transforms import normalize
 from convclip.distributed import gather, gather_objects, is_main, rank, world_size
 from convclip.evaluation.retrieval import rowwise_recall, standard_recall, validation_loss
+from convclip.models.dual_tower import Outputs
 from convclip.schema import ImageTowerConfig
 
-# (images=…) or (texts=…) -> (image features or None, text features or None, exp(logit_scale), …), unit length.
-Encode = Callable[..., tuple[Any, ...]]
+# A model called as (images=…) or (texts=…).
+Encode = Callable[..., Outputs]
 
 
 @torch.no_grad()
@@ -28,8 +29,8 @@ def embed(
     dtype: torch.dtype,
     batch: int = 128,
     workers: int = 0,
-) -> tuple[Tensor, Tensor, Tensor]:
-    """(image features [N, D], text features [M, D], exp(logit_scale) [1] or with bias [2]) in float32 on every rank.
+) -> Outputs:
+    """Embeddings of all N images [N, D] and M captions [M, D], with the model's scale and bias, on every rank.
 
     Every rank runs the same number of batches, so that ZeRO-3's collectives stay in step.
     """
@@ -37,19 +38,19 @@ def embed(
 
     def pictures(images: Tensor) -> Tensor:
         pixels = normalize(images.to(device, non_blocking=True), image_tower.mean, image_tower.std, dtype)
-        return encode(images=pixels)[0]
+        return encode(images=pixels).image
 
     image_batches = dataset.image_batches(*place, workers)
     images = embed_rows(pictures, image_batches, len(dataset), "embedding images")
-    scales: list[Tensor] = []
+    scales: list[Outputs] = []
 
     def captions(texts: Tensor) -> Tensor:
-        _, features, scale, *_ = encode(texts=texts.to(device, non_blocking=True))
-        scales[:] = [scale]
-        return features
+        outputs = encode(texts=texts.to(device, non_blocking=True))
+        scales[:] = [outputs]
+        return outputs.text
 
     texts = embed_rows(captions, dataset.text_batches(*place, workers), len(dataset.captions), "embedding texts")
-    return images, texts, scales[0].float()
+    return Outputs(images, texts, scales[0].logit_scale, scales[0].logit_bias, {})
 
 
 def evaluate(
@@ -65,17 +66,18 @@ def evaluate(
 
     The validation loss takes the captions in the set's order, `batch` at a time.
     """
-    images, texts, scale = embed(encode, dataset, image_tower, device, dtype, batch, workers)
-    figures = _figures(images, texts, scale, dataset.image_of_text.to(images.device), batch) if is_main() else None
+    found = embed(encode, dataset, image_tower, device, dtype, batch, workers)
+    figures = _figures(found, dataset.image_of_text.to(found.logit_scale.device), batch) if is_main() else None
     # Scored once: ranks that share a machine's cores would only slow one another down.
     return gather_objects(figures)[0]
 
 
-def _figures(images: Tensor, texts: Tensor, scale: Tensor, image_of_text: Tensor, batch: int) -> dict[str, Any]:
+def _figures(found: Outputs, image_of_text: Tensor, batch: int) -> dict[str, Any]:
+    images, texts = found.image, found.text
     return {
         "standard": standard_recall(images, texts, image_of_text),
         "rowwise": rowwise_recall(images, texts, image_of_text=image_of_text),
-        "val_loss": validation_loss(images[image_of_text], texts, batch, *scale),
+        "val_loss": validation_loss(images[image_of_text], texts, batch, found.logit_scale, found.logit_bias),
         "images": len(images),
         "texts": len(texts),
     }

@@ -96,7 +96,7 @@ def zero_shot_accuracy(
     for numbers, images in _progress(_dealt(pictures, len(right), batch, workers), "embedding pictures"):
         pixels = normalize(images.to(device, non_blocking=True), image_tower.mean, image_tower.std, dtype)
         numbers = gather(numbers.to(device))
-        scores = gather(encode(images=pixels)[0].float()) @ classes.T
+        scores = gather(encode(images=pixels).image.float()) @ classes.T
         real = numbers != PADDING
         numbers, scores = numbers[real], scores[real]
         own = scores.gather(1, right[numbers, None])
@@ -115,7 +115,7 @@ def class_embeddings(
     prompts = dataset.prompts()
     rows = []
     for numbers, tokens in _progress(_dealt(_Prompts(prompts, tokenizer), len(prompts), batch, 0), "embedding prompts"):
-        features = gather(encode(texts=tokens.to(device))[1].float())
+        features = gather(encode(texts=tokens.to(device)).text.float())
         rows.append(features[gather(numbers.to(device)) != PADDING])
     of_class = torch.cat(rows).view(len(dataset.names), len(dataset.templates), -1)
     return F.normalize(of_class.mean(1), dim=1)

@@ -5,7 +5,7 @@ Shapes: B batch, C channels and H.W size of images, T tokens, D embed.
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import NamedTuple, overload
 
 import torch
 import torch.nn.functional as F
@@ -25,6 +25,27 @@ class Cut(NamedTuple):
 
 # The line below which lies nothing: what enters there are pictures and token ids.
 INPUT = Cut()
+
+
+class Outputs(NamedTuple):
+    """What a dual tower makes of a batch. A tower without input gives None.
+
+    image, text: float32 [B, D] of unit length (a video student's `image` is the video). logit_scale [1], exponentiated;
+    logit_bias [1] where the model has one. extras: further tensors by name, each [B, ...].
+    """
+
+    image: Tensor | None
+    text: Tensor | None
+    logit_scale: Tensor
+    logit_bias: Tensor | None
+    extras: dict[str, Tensor]
+
+
+class Entering(NamedTuple):
+    """What enters each tower at a cut; None for a tower without input."""
+
+    image: Tensor | None
+    text: TextPrefix | None
 
 
 class DualTower(nn.Module):
@@ -60,38 +81,45 @@ class DualTower(nn.Module):
         features = self.text(tokens, boundary)
         return _unit_length(features) if normalize else features
 
+    @overload
+    def forward(
+        self, images: Tensor | None = None, texts: Tensor | TextPrefix | None = None, start: Cut = INPUT
+    ) -> Outputs: ...
+
+    @overload
+    def forward(
+        self, images: Tensor | None = None, texts: Tensor | TextPrefix | None = None, start: Cut = INPUT, *, stop: Cut
+    ) -> Entering: ...
+
     def forward(
         self,
         images: Tensor | None = None,
         texts: Tensor | TextPrefix | None = None,
         start: Cut = INPUT,
         stop: Cut | None = None,
-    ) -> tuple[Tensor | TextPrefix | None, ...]:
-        """(image features [B, D], text features [B, D], logit scale [1] or [2]); a tower without input gives None.
+    ) -> Outputs | Entering:
+        """Embeddings of images and texts, or with `stop` what enters the towers there.
 
-        Features have unit length; the logit scale is exponentiated, and followed by the logit bias where there is one.
-        Above `INPUT`, `images` and `texts` are what enters the towers at `start`. With `stop`, (images, texts) as they
-        enter there are returned instead. With a `reference` head (see `convclip.models.reference_head`), its embeddings
-        of the same feature map come as a fourth item.
+        `images` and `texts` are what enters the towers at `start`: at first images [B, 3, H, W] and token ids [B, T].
+        With a `reference` head (see `convclip.models.reference_head`), extras["reference"] has its embeddings [B, D] of
+        the same feature map, of unit length.
         """
         if stop is not None:
-            return (
+            return Entering(
                 None if images is None else self.visual.forward_between(images, start.image, stop.image),
                 None if texts is None else self.text(texts, start.text, stop.text),
             )
         # Text first: it reads its longest caption's length, which on an accelerator waits for the work queued so far.
-        text_features = None if texts is None else self.encode_text(texts, normalize=True, boundary=start.text)
-        scale = self.logit_scale.float().exp()
-        if self.logit_bias is not None:
-            scale = torch.cat([scale, self.logit_bias.float()])
-        if self.reference is None:
-            image_features = None if images is None else self.encode_image(images, normalize=True, boundary=start.image)
-            return image_features, text_features, scale
-        if images is None:
-            return None, text_features, scale, None
-        features = self.visual.forward_between(images, start.image, self.visual.map_boundary)
-        image_features = self.visual.forward_from(features, self.visual.map_boundary)
-        return _unit_length(image_features), text_features, scale, _unit_length(self.reference(features.detach()))
+        text = None if texts is None else self.encode_text(texts, normalize=True, boundary=start.text)
+        image, extras = None, {}
+        if images is not None and self.reference is None:
+            image = self.encode_image(images, normalize=True, boundary=start.image)
+        elif images is not None:
+            features = self.visual.forward_between(images, start.image, self.visual.map_boundary)
+            image = _unit_length(self.visual.forward_from(features, self.visual.map_boundary))
+            extras["reference"] = _unit_length(self.reference(features.detach()))
+        bias = None if self.logit_bias is None else self.logit_bias.float()
+        return Outputs(image, text, self.logit_scale.float().exp(), bias, extras)
 
     def train(self, mode: bool = True) -> DualTower:
         """As nn.Module, except that a module none of whose parameters is trainable stays in eval mode.

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Collection
 from dataclasses import dataclass
-from typing import Any
+from typing import TypedDict
 
 import numpy as np
 import torch
@@ -22,6 +22,21 @@ from convclip.video.frame_store import FrameStore
 from convclip.video.msrvtt import VideoSplit, read_split
 
 NAMED = 3
+
+
+class VideoBatch(TypedDict, total=False):
+    """A micro batch of videos and captions, on the CPU; `frames` with `n_frames`, and `text`, only where they are read.
+
+    frames: uint8 [B, F, 3, S, S]. n_frames: int64 [B], the frames that are not padding. text: int64 [B, W].
+    video_id, caption_id: int64 [B], places in the split. broken: always empty, since a split is cut to what is usable.
+    """
+
+    frames: torch.Tensor
+    n_frames: torch.Tensor
+    text: torch.Tensor
+    video_id: torch.Tensor
+    caption_id: torch.Tensor
+    broken: list[str]
 
 
 def open_frame_store(recipe: Recipe, size: int | None = None) -> FrameStore:
@@ -78,9 +93,7 @@ class VideoRows:
 
 
 class VideoBatches(Dataset):
-    """Rows -> batch, in the worker: `{"frames": uint8 [B, F, 3, S, S], "n_frames": int64 [B], "text": int64 [B, W],
-    "video_id": int64 [B], "caption_id": int64 [B], "broken": []}`; frames and text only where they are asked for.
-    """
+    """Rows -> VideoBatch, in the worker."""
 
     def __init__(self, split: VideoSplit, frames: FrameStore | None, tokenizer: Tokenizer):
         self.split, self.frames, self.tokenizer = split, frames, tokenizer
@@ -88,9 +101,13 @@ class VideoBatches(Dataset):
         self.captions_of = np.argsort(split.video_of_caption, kind="stable")
         self.start = np.concatenate([[0], np.cumsum(split.counts)])
 
-    def __getitem__(self, rows: Rows) -> dict[str, Any]:
+    def __getitem__(self, rows: Rows) -> VideoBatch:
         captions = self.captions_of[self.start[rows.image] + rows.caption]
-        batch = {"video_id": torch.from_numpy(rows.image), "caption_id": torch.from_numpy(captions), "broken": []}
+        batch: VideoBatch = {
+            "video_id": torch.from_numpy(rows.image),
+            "caption_id": torch.from_numpy(captions),
+            "broken": [],
+        }
         if rows.pixels:
             batch["frames"], batch["n_frames"] = read_frames(self.frames, self.split, rows.image)
         if rows.text:

@@ -6,33 +6,19 @@ name: `visual`, `text`, `logit_scale` as in the dual tower, `temporal`, `aggrega
 
 from __future__ import annotations
 
-from typing import Literal, NamedTuple
+from typing import Literal
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from convclip import schema
-from convclip.models.dual_tower import DualTower
+from convclip.models.dual_tower import DualTower, Outputs
 from convclip.video.temporal import frame_mask, masked_mean, over_time, temporal_blocks
 
 POSITIONS = 77
 # Sharpens the frame weights that pool a video; the weights that are taught have temperature 1.
 POOL_TEMPERATURE = 0.1
-
-
-class VideoOutput(NamedTuple):
-    """video [B, D] and text [B, D] of unit length, logit_scale [1] exponentiated, frame_weights [B, F] summing to 1,
-    frame_features [B, F, D] un-normalised, as they enter the temporal transformer.
-
-    The first three are what a dual tower gives. Without texts, `text` is None; without frames, the others are.
-    """
-
-    video: Tensor | None
-    text: Tensor | None
-    logit_scale: Tensor
-    frame_weights: Tensor | None
-    frame_features: Tensor | None
 
 
 class VideoStudent(DualTower):
@@ -58,7 +44,7 @@ class VideoStudent(DualTower):
     ) -> None:
         nn.Module.__init__(self)
         self.visual, self.text, self.logit_scale = towers.visual, towers.text, towers.logit_scale
-        self.reference = None
+        self.reference = self.logit_bias = None
         width = embed_width(towers)
         self.mask_padding = mask_padding
         self.temporal = TemporalEncoder(width, temporal_layers)
@@ -89,11 +75,14 @@ class VideoStudent(DualTower):
 
     def forward(
         self, frames: Tensor | None = None, texts: Tensor | None = None, n_frames: Tensor | None = None
-    ) -> VideoOutput:
+    ) -> Outputs:
         """frames [B, F, 3, H, W] with n_frames [B], or stored frame features [B, F, D]; tokens [B, T] (int64), or
         stored text features [B, D]. Stored features are taken as un-normalised and run no tower.
+
+        `Outputs.image` is the video's embedding. extras: "frame_weights" [B, F] summing to 1, and "frame_features"
+        [B, F, D] un-normalised, as they enter the temporal transformer.
         """
-        text = video = weights = features = None
+        text, video, extras = None, None, {}
         # Text first: it reads its longest caption's length, which on an accelerator waits for the work queued so far.
         if texts is not None:
             text = F.normalize((texts if texts.is_floating_point() else self.encode_text(texts)).float(), dim=-1)
@@ -101,7 +90,8 @@ class VideoStudent(DualTower):
             assert n_frames is not None
             features = frames if frames.ndim == 3 else self.encode_frames(frames, n_frames)
             video, weights = self.encode_video(features, n_frames)
-        return VideoOutput(video, text, self.logit_scale.float().exp(), weights, features)
+            extras = {"frame_weights": weights, "frame_features": features}
+        return Outputs(video, text, self.logit_scale.float().exp(), None, extras)
 
 
 class TemporalEncoder(nn.Module):
@@ -169,10 +159,8 @@ def mean_pool(frame_features: Tensor, n_frames: Tensor) -> Tensor:
     return F.normalize(masked_mean(unit, frame_mask(n_frames, unit.shape[1])), dim=-1)
 
 
-def with_video_head(towers: DualTower, video: schema.Video | None) -> DualTower:
-    """`towers` themselves for images, or the video student that takes them over."""
-    if video is None:
-        return towers
+def video_student(towers: DualTower, video: schema.Video) -> VideoStudent:
+    """The student that takes over `towers`, as the recipe's video section says."""
     return VideoStudent(towers, video.temporal_layers, video.temporal_init, video.mask_padding)
 
 

@@ -45,7 +45,7 @@ def evaluate_videos(
         pixels = normalize(frames.to(device, non_blocking=True).flatten(0, 1), image_tower.mean, image_tower.std, dtype)
         counts = dataset.n_frames[numbers].to(device)
         output = encode(pixels.unflatten(0, frames.shape[:2]), None, counts)
-        return torch.stack([output.video, mean_pool(output.frame_features, counts)], dim=1).flatten(1)
+        return torch.stack([output.image, mean_pool(output.extras["frame_features"], counts)], dim=1).flatten(1)
 
     def captions(texts: Tensor) -> Tensor:
         return encode(None, texts.to(device, non_blocking=True)).text

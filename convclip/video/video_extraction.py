@@ -13,15 +13,14 @@ from typing import Any
 
 import numpy as np
 import torch
-from deepspeed.accelerator import get_accelerator
 from torch import Tensor
 
 from convclip.data.transforms import normalize
+from convclip.devices import PRECISIONS, current_device
 from convclip.distributed import is_main, rank, world_size
 from convclip.engine.stages.groups import reached_stages
-from convclip.engine.stored.extraction import PRECISIONS, ComputedRows, extract, initial_model, write_missing
+from convclip.engine.stored.extraction import ComputedRows, write_missing
 from convclip.engine.stored.frozen import PRECISION_NAMES
-from convclip.engine.zero.launcher import start_processes
 from convclip.features.layout import ArraySpec, estimate
 from convclip.features.reader import file_sha256, state_dict_sha256
 from convclip.features.writer import FeatureWriter
@@ -42,27 +41,15 @@ from convclip.video.teachers import (
 from convclip.video.xclip_teacher import XClipTeacher, load_xclip
 
 
-def extract_frozen(recipe: Recipe, path: Path, dtype: torch.dtype) -> None:
-    """Store what the recipe's locked towers make of its training data, images or videos, on all ranks."""
-    if recipe.video is None:
-        extract(recipe, path, dtype)
-        return
-    data, work = load_video_set(recipe.data.train, recipe), towers_work(recipe)
+def extract_towers(recipe: Recipe, model: VideoStudent, path: Path, dtype: torch.dtype) -> None:
+    """Store what the recipe's locked towers make of its training videos and captions, on all ranks."""
+    data, work = load_video_set(recipe.data.train, recipe), towers_work(recipe, model)
     settings = {"fps": data.frames.settings.fps, "jpeg_quality": data.frames.settings.quality}
     _write(path, TowersFeatures(recipe, work, data, dtype), {**towers_identity(recipe, work, dtype), **settings})
 
 
-def run_towers_extraction(recipe: Recipe, path: Path, precision: str) -> None:
-    """Start the processes and store what the recipe's locked towers make of its training data."""
-    start_processes()
-    extract_frozen(recipe, path, PRECISIONS[precision])
-    if is_main():
-        print(f"{path}: done; train with --set features={path}")
-
-
-def run_xclip_extraction(recipe: Recipe, path: Path, checkpoint: str, precision: str) -> None:
-    """Start the processes and store what an X-CLIP teacher makes of the recipe's training data."""
-    start_processes()
+def extract_xclip(recipe: Recipe, path: Path, checkpoint: str, precision: str) -> None:
+    """Store what an X-CLIP teacher makes of the recipe's training data, on all ranks; precision fp32 or fp16."""
     if precision == "bf16":
         raise UserError("--precision bf16: the X-CLIP teacher's encoders run in fp32 or, as the original's, in fp16")
     teacher, video = load_xclip(checkpoint, precision), recipe.video
@@ -90,8 +77,6 @@ def run_xclip_extraction(recipe: Recipe, path: Path, checkpoint: str, precision:
         "precision": PRECISION_NAMES[PRECISIONS[precision]],
     }
     _write(path, XClipFeatures(teacher, data, recipe), identity)
-    if is_main():
-        print(f"{path}: done; train with --set 'video.teachers=[{path}]'")
 
 
 @dataclass(frozen=True)
@@ -103,9 +88,8 @@ class TowersWork:
     text: bool
 
 
-def towers_work(recipe: Recipe) -> TowersWork:
+def towers_work(recipe: Recipe, model: VideoStudent) -> TowersWork:
     """What of a video recipe can be stored; UserError where it locks no tower."""
-    model, _ = initial_model(recipe)
     trainable = reached_stages(model, recipe)[0].trainable
     frames, text = (not any(name.startswith(part) for name in trainable) for part in ("visual.", "text."))
     if not frames and not text:
@@ -135,7 +119,7 @@ class XClipFeatures:
     """An X-CLIP teacher and what it makes of videos and captions."""
 
     def __init__(self, teacher: XClipTeacher, data: VideoEvaluationSet, recipe: Recipe) -> None:
-        self.device = torch.device(get_accelerator().current_device_name())
+        self.device = current_device()
         self.teacher, self.data = teacher.to(self.device), data
         self.batch, self.workers = recipe.evaluation.batch, recipe.data.workers
         size, width = teacher.size, teacher.size.embed_dim
@@ -186,7 +170,7 @@ class TowersFeatures:
 
     def __init__(self, recipe: Recipe, work: TowersWork, data: VideoEvaluationSet, dtype: torch.dtype) -> None:
         self.recipe, self.data, self.dtype = recipe, data, dtype
-        self.device = torch.device(get_accelerator().current_device_name())
+        self.device = current_device()
         self.model = work.model.to(self.device, dtype).requires_grad_(False).eval()
         width, name = embed_width(work.model), PRECISION_NAMES[dtype]
         self.arrays: dict[str, ArraySpec] = {}

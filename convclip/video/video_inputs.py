@@ -5,18 +5,19 @@ Shapes: B micro batch, W world, F frames, S frame side, T words, D student's emb
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass, replace
-from typing import Any
+from collections.abc import Sequence, Set
+from dataclasses import dataclass
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from convclip.data.transforms import normalize
+from convclip.engine.inputs import Reads
 from convclip.features.reader import FeatureStore
 from convclip.models.dual_tower import Cut
 from convclip.schema import Recipe
+from convclip.video.clip_loader import VideoBatch
 from convclip.video.msrvtt import VideoSplit
 from convclip.video.teachclip_loss import TeacherTargets
 from convclip.video.teachers import N_FRAMES, STUDENT_FRAMES, STUDENT_TEXT, VideoTeacher, check_captions
@@ -31,16 +32,10 @@ class VideoInputs:
     text: Tensor
     n_frames: Tensor
     targets: tuple[TeacherTargets, ...]
-    # The student's, [B, F]: known once it has run.
-    frame_weights: Tensor | None = None
 
     def model_inputs(self) -> tuple[Tensor, ...]:
         """Arguments of VideoStudent.forward."""
         return self.frames, self.text, self.n_frames
-
-    def with_reference(self, frame_weights: Tensor, frame_features: Tensor) -> VideoInputs:
-        """The same batch with what the student gives besides embeddings and logit scale."""
-        return replace(self, frame_weights=frame_weights)
 
 
 class VideoSource:
@@ -57,39 +52,37 @@ class VideoSource:
     ) -> None:
         self.recipe, self.device, self.dtype, self.teachers, self.store = recipe, device, dtype, teachers, store
         self.videos, self.captions = np.array(split.video_ids), np.array(split.caption_ids)
-        self.stored_frames = self.stored_text = False
-        self.teacher_is_on = True
         if store is not None:
             check_captions(store, split)
 
-    def enter_stage(self, frozen: Cut, trainable: set[str]) -> None:
-        """Decide what is read from the store in a stage that trains these parameters."""
+    def reads(self, frozen: Cut, trainable: Set[str], step: int) -> Reads:
+        """For a step of a stage that trains `trainable`: locked towers are read from the store."""
         has = self.store.arrays if self.store is not None else ()
-        self.stored_frames = STUDENT_FRAMES in has and not any(name.startswith("visual.") for name in trainable)
-        self.stored_text = STUDENT_TEXT in has and not any(name.startswith("text.") for name in trainable)
-
-    @property
-    def wanted(self) -> dict[str, bool]:
-        """What the loader has to read: pixels, text (arguments of EpochLoader.epoch)."""
+        frames = STUDENT_FRAMES in has and not any(name.startswith("visual.") for name in trainable)
+        text = STUDENT_TEXT in has and not any(name.startswith("text.") for name in trainable)
         live = any(teacher.live for teacher in self.teachers)
-        return {"pixels": live or not self.stored_frames, "text": live or not self.stored_text}
+        return Reads(frames, text, bool(self.teachers), pixels=live or not frames, text=live or not text)
 
-    def __call__(self, batch: dict[str, Any], epoch: int) -> VideoInputs:
+    def inputs(self, batch: VideoBatch, epoch: int, reads: Reads) -> VideoInputs:
         """The micro batch on the device; frames travel as uint8 and are normalised there, in the model's dtype."""
-        if self.stored_frames:
+        if reads.stored_image:
             names = self.videos[batch["video_id"].numpy()].tolist()
-            frames = self._to_device(self.store.read(STUDENT_FRAMES, names))
-            n_frames = self._to_device(self.store.read(N_FRAMES, names).long())
+            frames = self._to_device(self._read(STUDENT_FRAMES, names))
+            n_frames = self._to_device(self._read(N_FRAMES, names).long())
         else:
             tower, pixels = self.recipe.model.image, self._to_device(batch["frames"])
             flat = normalize(pixels.flatten(0, 1), tower.mean, tower.std, self.dtype)
             frames, n_frames = flat.unflatten(0, pixels.shape[:2]), self._to_device(batch["n_frames"])
-        if self.stored_text:
-            text = self.store.read(STUDENT_TEXT, self.captions[batch["caption_id"].numpy()].tolist())
+        if reads.stored_text:
+            text = self._read(STUDENT_TEXT, self.captions[batch["caption_id"].numpy()].tolist())
         else:
             text = batch["text"]
         targets = tuple(teacher.targets(batch) for teacher in self.teachers)
         return VideoInputs(frames, self._to_device(text), n_frames, targets)
+
+    def _read(self, name: str, ids: Sequence[str]) -> Tensor:
+        assert self.store is not None
+        return self.store.read(name, ids)
 
     def _to_device(self, tensor: Tensor) -> Tensor:
         return tensor.to(self.device, non_blocking=True)

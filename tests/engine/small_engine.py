@@ -135,11 +135,11 @@ def deepspeed_run(config: dict[str, Any], every: int = 0, steps: int = STEPS) ->
 
 def masters(engine: Any) -> dict[str, Tensor]:
     """All fp32 masters by parameter name, full, gathered over ranks."""
-    from convclip.engine.zero.masters import is_replicated, optimizer_shards
+    from convclip.engine.zero.masters import is_replicated, master_shards
 
     shapes = {name: parameter.shape for name, parameter in SmallModel().named_parameters()}
     full = {name: torch.zeros(shape.numel()) for name, shape in shapes.items()}
-    for shard in optimizer_shards(engine):
+    for shard in master_shards(engine):
         for piece in shard.pieces:
             values = shard.flat[piece.offset : piece.offset + piece.length]
             full[piece.parameter][piece.start : piece.start + piece.length] = values

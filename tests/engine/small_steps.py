@@ -15,16 +15,17 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from convclip.devices import RandomState
 from convclip.distributed import gather_objects, rank, world_size
 from convclip.engine.inputs import Inputs
 from convclip.engine.stages.groups import Stage, training_stages
-from convclip.engine.steps import RandomState, chunked_step
+from convclip.engine.steps import chunked_step
 from convclip.engine.zero.build import build_engine, rebuild_engine
 from convclip.engine.zero.ds_config import precision
-from convclip.engine.zero.masters import is_replicated, optimizer_shards
+from convclip.engine.zero.masters import is_replicated, master_shards
 from convclip.losses.contrastive import clip_loss, siglip_loss
 from convclip.models import build_model
-from convclip.models.dual_tower import DualTower
+from convclip.models.dual_tower import DualTower, Outputs
 from convclip.models.layer_groups import frozen_cut
 from convclip.schema import Recipe
 
@@ -72,13 +73,13 @@ def rows(step: int) -> tuple[Tensor, Tensor, Tensor]:
     return images, texts, torch.randint(0, BATCH - 4, (BATCH,), generator=generator)
 
 
-def plain_loss(image: Tensor, text: Tensor, scale: Tensor, ids: Tensor) -> Tensor:
-    """The loss of the whole batch on whole logits: SigLIP's where the scale has a bias behind it."""
+def plain_loss(image: Tensor, text: Tensor, scale: Tensor, bias: Tensor | None, ids: Tensor) -> Tensor:
+    """The loss of the whole batch on whole logits: SigLIP's where there is a bias."""
     pairs = torch.eye(len(ids), dtype=torch.bool)
     others = (ids[:, None] == ids) & ~pairs
-    logits = scale[0] * image @ text.T
-    if len(scale) == 2:
-        signed = torch.where(pairs, 1, -1) * (logits + scale[1])
+    logits = scale * image @ text.T
+    if bias is not None:
+        signed = torch.where(pairs, 1, -1) * (logits + bias)
         return -F.logsigmoid(signed).masked_fill(others, 0.0).sum() / len(ids)
     logits = logits.masked_fill(others, -torch.inf)
     labels = torch.arange(len(ids))
@@ -109,10 +110,9 @@ def plain_run(recipe: Recipe, world: int, chunk: int) -> dict[str, Tensor]:
             generators[number].restore()
             features += [model(images[part], texts[part]) for part in share.split(chunk)]
             generators[number] = RandomState.now()
-        images, texts, (scale, *_) = zip(*features, strict=True)
-        image, text = torch.cat(images), torch.cat(texts)
+        image, text = (torch.cat([getattr(part, tower) for part in features]) for tower in ("image", "text"))
         optimizer.zero_grad()
-        plain_loss(image, text, scale, ids).backward()
+        plain_loss(image, text, features[0].logit_scale, features[0].logit_bias, ids).backward()
         torch.nn.utils.clip_grad_norm_([p for p in parameters.values() if p.requires_grad], 0.5)
         optimizer.step()
     return {name: parameter.detach() for name, parameter in parameters.items()}
@@ -144,9 +144,14 @@ def chunks(step: int, size: int, dtype: torch.dtype) -> Iterator[Inputs]:
         yield Inputs(images[part].to(dtype), texts[part], ids[part])
 
 
-def loss_of(image: Tensor, text: Tensor, scale: Tensor, batches: list[Inputs]) -> dict[str, Tensor]:
-    loss = clip_loss if len(scale) == 1 else siglip_loss
-    return {"total": loss(image, text, *scale.split(1), tile=3, ids=torch.cat([batch.image_id for batch in batches]))}
+def loss_of(outputs: Outputs, batches: list[Inputs], step: int) -> dict[str, Tensor]:
+    """As an objective; a stored text embedding comes with the batches."""
+    image, text, scale, bias, _ = outputs
+    text = torch.cat([batch.text_embedding for batch in batches]) if text is None else text
+    ids = torch.cat([batch.image_id for batch in batches])
+    if bias is None:
+        return {"total": clip_loss(image, text, scale, tile=3, ids=ids)}
+    return {"total": siglip_loss(image, text, scale, bias, tile=3, ids=ids)}
 
 
 def chunked_run(
@@ -184,13 +189,13 @@ def chunked_run(
 
 
 def take_chunked_step(engine: Any, stage: Stage, keep: float, inputs: Iterator[Inputs]) -> None:
-    chunked_step(engine, inputs, loss_of, frozen_cut(engine.module, stage.trainable), keep)
+    chunked_step(engine, inputs, loss_of, 0, frozen_cut(engine.module, stage.trainable), keep)
 
 
 def masters(engine: Any, like: dict[str, Tensor]) -> dict[str, Tensor]:
     """The trained parameters' fp32 masters, full, gathered over ranks."""
     full: dict[str, Tensor] = {}
-    for shard in optimizer_shards(engine):
+    for shard in master_shards(engine):
         for piece in shard.pieces:
             full.setdefault(piece.parameter, torch.zeros(like[piece.parameter].numel()))
             values = shard.flat[piece.offset : piece.offset + piece.length]

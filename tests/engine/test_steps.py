@@ -15,7 +15,7 @@ from torch import Tensor
 from convclip.engine.inputs import Inputs
 from convclip.engine.stages.groups import training_stages
 from convclip.engine.steps import chunked_step
-from convclip.models.dual_tower import INPUT, Cut, DualTower
+from convclip.models.dual_tower import INPUT, Cut, DualTower, Outputs
 from convclip.models.layer_groups import frozen_cut
 from convclip.schema import Recipe
 from tests.engine.small_engine import run_ranks
@@ -207,7 +207,7 @@ class LinearTowers(torch.nn.Module):
                 self.first_runs[tower] += 1
                 x = self.first[tower](x)
             found.append(x if stop is not None else F.normalize(self.second[tower](x), dim=-1))
-        return tuple(found) if stop is not None else (*found, torch.ones(1))
+        return tuple(found) if stop is not None else Outputs(*found, torch.ones(1), None, {})
 
 
 @pytest.mark.parametrize(
@@ -227,7 +227,7 @@ def test_frozen_layers_run_once_while_their_output_may_be_kept(growth, kept, run
     inputs = [Inputs(torch.randn(3, 4), torch.randn(3, 4), torch.arange(3)) for _ in range(4)]
     one_chunks_growth = 3 * 4 * 4
     engine = PlainEngine(LinearTowers(growth), 4)
-    chunked_step(engine, inputs, loss_of, Cut(1, 1), kept * one_chunks_growth)
+    chunked_step(engine, inputs, loss_of, 0, Cut(1, 1), kept * one_chunks_growth)
     assert engine.module.first_runs == dict(zip(("image", "text"), runs, strict=True))
     assert engine.boundaries == [False, False, False, True, True]
 
@@ -249,7 +249,7 @@ def plain_chunks() -> list[Inputs]:
 
 def gradients(model: DualTower, inputs: list[Inputs], *how: Any) -> dict[str, Tensor]:
     model.zero_grad()
-    chunked_step(PlainEngine(model, len(inputs)), inputs, loss_of, *how)
+    chunked_step(PlainEngine(model, len(inputs)), inputs, loss_of, 0, *how)
     return {name: p.grad.clone() for name, p in model.named_parameters() if p.requires_grad}
 
 
@@ -257,8 +257,8 @@ def test_stored_maps_and_embeddings_give_the_gradients_of_live_ones():
     model, frozen = stage0_model(small_recipe(0.4, LOCKED))
     live, cut = plain_chunks(), Cut(frozen.image - 1)
     with torch.no_grad():
-        maps = [model(chunk.image, None, INPUT, cut)[0] for chunk in live]
-        texts = [model(None, chunk.text)[1] for chunk in live]
+        maps = [model(chunk.image, None, stop=cut).image for chunk in live]
+        texts = [model(None, chunk.text).text for chunk in live]
     stored = [
         replace(chunk, image=kept, cut=cut, text=None, text_embedding=text)
         for chunk, kept, text in zip(live, maps, texts, strict=True)

@@ -37,7 +37,7 @@ def test_equals_open_clips_classifier(tmp_path, batch):
     assert loaded.names == [str(11 + c) for c in range(7)]
     assert loaded.prompts()[:4] == ["1 2 11", "11 3", "4 11 5", "1 2 12"]
     classifier = build_zero_shot_classifier(model, numbers_of, loaded.names, loaded.templates)
-    logits = model(images=normalize(read_pictures(loaded.paths), tower.mean, tower.std))[0] @ classifier
+    logits = model(images=normalize(read_pictures(loaded.paths), tower.mean, tower.std)).image @ classifier
     found = logits.topk(5).indices == torch.tensor(loaded.classes)[:, None]
     top1, top5 = (100 * found[:, :k].any(1).double().mean().item() for k in (1, 5))
     assert 0 < top1 < top5 < 100
@@ -60,8 +60,9 @@ def test_broken_pictures_are_left_out(tmp_path, capsys):
 
 class CollapsedModel(SmallModel):
     def __call__(self, images=None, texts=None):
-        results = super().__call__(images, texts)
-        return *(None if x is None else torch.ones_like(x) for x in results[:2]), *results[2:]
+        found = super().__call__(images, texts)
+        image, text = (None if x is None else torch.ones_like(x) for x in (found.image, found.text))
+        return found._replace(image=image, text=text)
 
 
 def test_a_model_that_tells_nothing_apart_is_never_right(tmp_path):

@@ -58,7 +58,7 @@ def test_open_clip_loads_it_with_the_same_embeddings(tmp_path, image):
     images, texts = batch(configuration.image.image_size)
     with torch.no_grad():
         ours_out, theirs_out = model(images, texts), theirs(images, texts)
-    for ours, other in zip(ours_out, theirs_out, strict=True):
+    for ours, other in zip([x for x in ours_out[:4] if x is not None], theirs_out, strict=True):
         torch.testing.assert_close(other.reshape(ours.shape), ours, atol=1e-5, rtol=0)
     assert not list(tmp_path.glob("*.part"))
     size = configuration.image.image_size

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from convclip.devices import find_devices
+from convclip.engine.zero.accelerator import find_devices
 from tools import doctor
 
 SCRIPT = Path(doctor.__file__)

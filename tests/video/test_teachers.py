@@ -4,11 +4,12 @@ import torch
 from transformers import XCLIPConfig, XCLIPModel
 
 from convclip.config import load_recipe
-from convclip.engine.objective import STUCK_STEPS, VideoObjective
+from convclip.models.dual_tower import Outputs
 from convclip.video.hf_xclip_teacher import HfXClipTeacher
 from convclip.video.teachclip_loss import teachclip_loss
 from convclip.video.teachers import LiveCoarseTeacher
 from convclip.video.video_inputs import VideoInputs
+from convclip.video.video_objective import STUCK_STEPS, VideoObjective
 
 B, FRAMES, D = 4, 3, 64
 
@@ -45,27 +46,28 @@ def objective_and_inputs(**video):
     recipe = load_recipe("teachclip_msrvtt7k", [f"video.{key}={value}" for key, value in video.items()])
     weights = torch.rand(B, FRAMES, generator=torch.Generator().manual_seed(2)).softmax(-1)
     target = LiveCoarseTeacher(small_teacher(), torch.device("cpu")).targets(batch())
-    inputs = VideoInputs(torch.zeros(B, FRAMES, D), torch.zeros(B, D), batch()["n_frames"], (target,), weights)
-    return VideoObjective(recipe), inputs
+    inputs = VideoInputs(torch.zeros(B, FRAMES, D), torch.zeros(B, D), batch()["n_frames"], (target,))
+    return VideoObjective(recipe), inputs, weights
 
 
 def test_the_recipes_weights_and_kind_reach_the_loss():
     text, video = (torch.nn.functional.normalize(torch.randn(B, D), dim=-1) for _ in range(2))
     scale = torch.tensor([20.0])
     for settings in ({}, {"coarse": "ce", "weights": "[1, 10, 1]"}, {"mask_padding": "false", "weights": "[1, 2, 3]"}):
-        objective, inputs = objective_and_inputs(**settings)
-        found = objective(video, text, scale, [inputs])
+        objective, inputs, shares = objective_and_inputs(**settings)
+        outputs = Outputs(video, text, scale, None, {"frame_weights": shares})
+        found = objective(outputs, [inputs], 0)
         mask = None if "mask_padding" in settings else torch.arange(FRAMES) < inputs.n_frames[:, None]
         kind, weights = settings.get("coarse", "pearson"), objective.recipe.video.weights
-        expected = teachclip_loss(text, video, scale, inputs.frame_weights, inputs.targets, mask, kind, weights)
+        expected = teachclip_loss(text, video, scale, shares, inputs.targets, mask, kind, weights)
         assert found["total"] == expected["total"] and found["fine"] == 0
 
 
 def test_a_collapse_is_said_once():
-    objective, _ = objective_and_inputs()
+    objective, *_ = objective_and_inputs()
     chance = float(torch.tensor(120.0).log())
     said = [objective.warnings({"step": step, "loss_ground_truth": chance}) for step in range(3 * STUCK_STEPS)]
     assert sum(map(bool, said)) == 1 and "collapse" in said[STUCK_STEPS - 1][0]
-    healthy, _ = objective_and_inputs()
+    healthy, *_ = objective_and_inputs()
     values = [chance, *[0.8 * chance] * 3]
     assert not any(healthy.warnings({"step": s, "loss_ground_truth": values[s % 4]}) for s in range(3 * STUCK_STEPS))

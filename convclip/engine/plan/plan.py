@@ -6,6 +6,7 @@ The model is built on the meta device: no data, no weights, no memory, no DeepSp
 from __future__ import annotations
 
 import os
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -16,21 +17,21 @@ from convclip.engine.plan.memory import format_memory, plan_memory
 from convclip.engine.stages.groups import Stage, describe_amount, event_starts, reached_stages, training_stages
 from convclip.engine.stages.schedule import LearningRates, peak_lr, warmup_steps
 from convclip.engine.stored.frozen import storable
-from convclip.models import build_model
+from convclip.engine.task import Task
 from convclip.models.layer_groups import parameter_counts
 from convclip.schema import Recipe, Unfreeze
-from convclip.video.student import with_video_head
 
 CURVE_POINTS = 400
 
 
-def make_plan(recipe: Recipe, ds_config: dict[str, Any] | None = None, world: int = 1) -> dict[str, Any]:
+def make_plan(task: Task, ds_config: Mapping[str, Any] | None = None, world: int = 1) -> dict[str, Any]:
     """The plan as plain data (what `--plan --json` prints). Errors in the recipe are UserError, as in training.
 
     Memory is that of a rank under `ds_config` (None: ZeRO stage 2 in bf16) in a run of `world` ranks.
     """
+    recipe = task.recipe
     with torch.device("meta"):
-        model = with_video_head(build_model(recipe.model), recipe.video)
+        model = task.build_model()
     sizes = {name: parameter.numel() for name, parameter in model.named_parameters()}
     stages = training_stages(model, recipe)
     steps_per_epoch = _steps_per_epoch(recipe)
@@ -64,10 +65,9 @@ def make_plan(recipe: Recipe, ds_config: dict[str, Any] | None = None, world: in
         ],
         "notes": _notes(recipe, stages, reached),
     }
-    # The estimate follows a step of pictures; what frames and a temporal part need is not in it.
-    is_video = recipe.video is not None
-    plan["memory"] = None if is_video else plan_memory(model, recipe, reached, ds_config, world)
-    plan["storable"] = [] if is_video else storable(model, recipe, reached)
+    known = task.estimates_memory
+    plan["memory"] = plan_memory(model, recipe, reached, ds_config, world) if known else None
+    plan["storable"] = storable(model, recipe, reached) if known else []
     plan["lr_curve"] = _lr_curve(recipe, reached, steps_per_epoch, total) if total else None
     return plan
 

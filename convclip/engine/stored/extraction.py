@@ -8,7 +8,6 @@ from typing import Any, TypeAlias
 
 import numpy as np
 import torch
-from deepspeed.accelerator import get_accelerator
 from torch import Tensor
 from tqdm import tqdm
 
@@ -17,45 +16,25 @@ from convclip.data.loader import open_source
 from convclip.data.samples import captions_fingerprint
 from convclip.data.tokenizers import build_tokenizer
 from convclip.data.transforms import normalize
+from convclip.devices import current_device
 from convclip.distributed import barrier, is_main, rank, world_size
 from convclip.engine.stages.groups import reached_stages
 from convclip.engine.stored.frozen import FrozenWork, frozen_work, map_shape, recipe_views, store_identity
-from convclip.engine.zero.launcher import start_processes
 from convclip.features.layout import estimate
 from convclip.features.reader import FeatureStore, view_ids
 from convclip.features.writer import FeatureWriter
-from convclip.models import build_model
 from convclip.models.dual_tower import Cut, DualTower
-from convclip.models.reference_head import load_reference_head
 from convclip.models.teacher import Teacher
-from convclip.models.weights import LoadReport, load_pretrained
 from convclip.schema import Recipe, UserError
-from convclip.video.student import with_video_head
 
 VERIFIED_ITEMS = 32
-PRECISIONS = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
-
 ComputedRows: TypeAlias = tuple[np.ndarray, dict[str, Tensor]]
 
 
-def initial_model(recipe: Recipe) -> tuple[DualTower, LoadReport]:
-    """The model as a run starts with it, with a reference head or a video head where the recipe has one."""
-    torch.manual_seed(recipe.seed)
-    model = build_model(recipe.model)
-    report = load_pretrained(model, recipe.model)
-    if recipe.head_alignment is not None:
-        model.reference = load_reference_head(recipe.model)
-    if recipe.video is not None:
-        model = with_video_head(model, recipe.video)
-        report = LoadReport(report.new + model.new, report.loaded)
-    return model, report
-
-
-def expected_store(recipe: Recipe, dtype: torch.dtype) -> tuple[FrozenWork, dict[str, Any]]:
-    """What of `recipe` a store holds, and the identity that it must have."""
+def expected_store(recipe: Recipe, model: DualTower, dtype: torch.dtype) -> tuple[FrozenWork, dict[str, Any]]:
+    """What of `recipe` a store holds, and the identity that it must have; `model` as the run starts with it."""
     if recipe.data.train is None:
         raise UserError("data.train is not set: name the training data with --train_data")
-    model, _ = initial_model(recipe)
     work = frozen_work(model, recipe, reached_stages(model, recipe))
     if not work:
         raise UserError(f"recipe {recipe.name}: nothing is frozen from the start, so there is nothing to store")
@@ -69,11 +48,11 @@ def expected_store(recipe: Recipe, dtype: torch.dtype) -> tuple[FrozenWork, dict
 class Extraction:
     """The frozen towers and teacher of a recipe, and what they make of its training data."""
 
-    def __init__(self, recipe: Recipe, dtype: torch.dtype) -> None:
-        self.work, self.identity = expected_store(recipe, dtype)
+    def __init__(self, recipe: Recipe, model: DualTower, dtype: torch.dtype) -> None:
+        """`model` as a run starts with it, in fp32; it is moved to the device and to `dtype`."""
+        self.work, self.identity = expected_store(recipe, model, dtype)
         self.recipe, self.dtype = recipe, dtype
-        self.device = torch.device(get_accelerator().current_device_name())
-        model, _ = initial_model(recipe)
+        self.device = current_device()
         model.reference = None
         self.model: DualTower = model.to(self.device, dtype).requires_grad_(False).eval()
         self.teacher = Teacher(recipe.teacher).to(self.device, dtype) if recipe.teacher else None
@@ -119,10 +98,8 @@ class Extraction:
         rows = {}
         if self.work.boundary:
             tower = self.recipe.model.image
-            image_map, _ = self.model(
-                normalize(pixels, tower.mean, tower.std, self.dtype), stop=Cut(self.work.boundary)
-            )
-            rows["image_map"] = image_map.cpu()
+            images = normalize(pixels, tower.mean, tower.std, self.dtype)
+            rows["image_map"] = self.model(images, stop=Cut(self.work.boundary)).image.cpu()
         if self.teacher is not None:
             rows["teacher_image"] = self.teacher.encode_image(pixels).cpu()
         return rows
@@ -138,16 +115,15 @@ class Extraction:
             tokens = [batch.to(self.device) for _, batch in batches]
             rows = {}
             if self.work.text:
-                rows["text_embedding"] = self.model(texts=tokens[0])[1].cpu()
+                rows["text_embedding"] = self.model(texts=tokens[0]).text.cpu()
             if self.teacher is not None:
                 rows["teacher_text"] = self.teacher.encode_text(tokens[1]).cpu()
             yield ids[first : first + len(tokens[0])], rows
             first += len(tokens[0])
 
 
-def extract(recipe: Recipe, path: Path, dtype: torch.dtype) -> None:
+def extract(work: Extraction, path: Path) -> None:
     """Fill the feature store at `path` on all ranks; what an earlier, killed run has done is not done again."""
-    work = Extraction(recipe, dtype)
     data = work.open_data()
     ids = work.item_ids(data)
     counts = {kind: len(items) for kind, items in ids.items()}
@@ -176,9 +152,8 @@ def write_missing(writer: FeatureWriter, kinds: Iterable[str], compute: Callable
     barrier()
 
 
-def verify(recipe: Recipe, path: Path, dtype: torch.dtype) -> dict[str, float]:
+def verify(work: Extraction, path: Path) -> dict[str, float]:
     """Compute a sample of the store's rows again; largest difference by array. UserError where it is another store."""
-    work = Extraction(recipe, dtype)
     store = FeatureStore(path, work.identity)
     data = work.open_data()
     worst: dict[str, float] = {}
@@ -189,17 +164,3 @@ def verify(recipe: Recipe, path: Path, dtype: torch.dtype) -> dict[str, float]:
                 difference = (store.read(name, items).float() - values.float()).abs().max().item()
                 worst[name] = max(worst.get(name, 0.0), difference)
     return worst
-
-
-def run_extraction(recipe: Recipe, path: Path, precision: str, check: bool) -> None:
-    """Start the processes, then extract, or verify what was extracted and print the largest difference by array."""
-    start_processes()
-    dtype = PRECISIONS[precision]
-    if not check:
-        extract(recipe, path, dtype)
-        if is_main():
-            print(f"{path}: done; train with --set features={path}")
-        return
-    differences = verify(recipe, path, dtype)
-    for name, difference in differences.items() if is_main() else ():
-        print(f"{name}: largest difference {difference:.3g} over {VERIFIED_ITEMS} items")

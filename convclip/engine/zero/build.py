@@ -1,6 +1,6 @@
 """Building the DeepSpeed engine, and rebuilding it with more parameter groups at an unfreeze event.
 
-The rebuild moves only this rank's own shards: the optimizer's fp32 masters and Adam state are kept by reference, the
+The rebuild moves only this rank's own shards: the optimizer's fp32 masters and its state are kept by reference, the
 old engine is taken apart, a new one is built with the old groups first (same parameters, same order, so the same
 partition), and the shards are copied back. Nothing is gathered, and what was training goes on to the bit.
 """
@@ -24,7 +24,8 @@ from torch import Tensor, nn
 
 from convclip.engine.stages.groups import Group
 from convclip.engine.zero.ds_config import precision
-from convclip.engine.zero.masters import optimizer_shards, refresh_model_copy, write_masters
+from convclip.engine.zero.masters import master_shards, refresh_model_copy, write_masters
+from convclip.engine.zero.optimizer import make_optimizer, moved_state, optimizer_groups
 from convclip.schema import Optim
 
 COUNTERS = ("global_steps", "global_samples", "micro_steps", "skipped_steps")
@@ -32,10 +33,10 @@ COUNTERS = ("global_steps", "global_samples", "micro_steps", "skipped_steps")
 
 @dataclass
 class OptimizerSnapshot:
-    """What the optimizer of this rank knows: per shard the master and AdamW's state, loss scaler, step counters."""
+    """What the optimizer of this rank knows: per shard the master and its state, loss scaler, step counters."""
 
     masters: list[Tensor]
-    states: list[dict[str, Tensor]]
+    states: list[dict[str, Any]]
     scaler: dict[str, float]
     counters: dict[str, int]
 
@@ -47,7 +48,7 @@ def build_engine(
     optim: Optim,
     fp32_values: Mapping[str, Tensor],
 ) -> DeepSpeedEngine:
-    """A DeepSpeed engine that trains `groups` of `model` with AdamW and freezes everything else.
+    """A DeepSpeed engine that trains `groups` of `model` and freezes everything else.
 
     `fp32_values` are full-precision tensors by parameter name: DeepSpeed makes the masters from already rounded bf16 /
     fp16 weights, so the masters of these parameters are written again, unrounded.
@@ -60,22 +61,7 @@ def build_engine(
         if buffer.is_floating_point():
             buffer.data = buffer.data.to(precision(ds_config))
     model.train()
-    parameters = dict(model.named_parameters())
-    optimizer = torch.optim.AdamW(
-        [
-            {
-                "params": [parameters[name] for name in group.parameters],
-                "name": group.name,
-                "lr_scale": group.lr_scale,
-                "weight_decay": group.weight_decay,
-            }
-            for group in groups
-        ],
-        lr=0.0,
-        betas=optim.betas,
-        eps=optim.eps,
-        fused=True,
-    )
+    optimizer = make_optimizer(optim, optimizer_groups(model, groups))
     with _quiet():
         engine, *_ = deepspeed.initialize(model=model, optimizer=optimizer, config=dict(ds_config))
     if isinstance(engine.optimizer, FP16_UnfusedOptimizer):
@@ -111,7 +97,7 @@ def rebuild_engine(
 
 def take_snapshot(engine: DeepSpeedEngine) -> OptimizerSnapshot:
     """References, not copies, to this rank's optimizer state."""
-    shards = optimizer_shards(engine)
+    shards = master_shards(engine)
     state = engine.basic_optimizer.state
     return OptimizerSnapshot(
         masters=[shard.flat for shard in shards],
@@ -123,15 +109,13 @@ def take_snapshot(engine: DeepSpeedEngine) -> OptimizerSnapshot:
 
 def restore_snapshot(engine: DeepSpeedEngine, snapshot: OptimizerSnapshot) -> None:
     """Give `engine` the snapshot's state; its first shards are the snapshot's, later ones keep their fresh state."""
-    shards = optimizer_shards(engine)
+    shards = master_shards(engine)
     for shard, master, state in zip(shards, snapshot.masters, snapshot.states, strict=False):
         if shard.master.numel() != master.numel():
             raise RuntimeError(f"shard of {master.numel()} values does not fit one of {shard.master.numel()}")
         shard.flat.copy_(master)
         if state:
-            engine.basic_optimizer.state[shard.master] = {
-                key: value.to(shard.master.device) for key, value in state.items()
-            }
+            engine.basic_optimizer.state[shard.master] = moved_state(state, shard.master.device)
     for name, value in snapshot.scaler.items():
         setattr(engine.optimizer.loss_scaler, name, value)
     for name, value in snapshot.counters.items():
@@ -156,6 +140,14 @@ def dismantle(engine: DeepSpeedEngine) -> nn.Module:
             if hasattr(parameter, name):
                 delattr(parameter, name)
     return model
+
+
+def reduce_once(engine: DeepSpeedEngine) -> contextlib.AbstractContextManager:
+    """Makes ZeRO stage 2 reduce gradients once for all backward passes within; stages 0 and 1 do by themselves.
+
+    Stage 3 goes on reducing at each, which is how it never holds the whole gradient.
+    """
+    return engine.coalesce_grad_reduction() if engine.zero_optimization_stage() == 2 else contextlib.nullcontext()
 
 
 def _numbers(scaler: object) -> dict[str, float]:

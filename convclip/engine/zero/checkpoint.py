@@ -1,9 +1,9 @@
 """Checkpoints: this rank's optimizer shards as plain tensors, in a folder that appears whole or not at all.
 
-`checkpoints/step-00001000/` holds `rank-00000.safetensors` … (masters, Adam state, random state, buffers, and where
-each piece of each parameter stands) and `state.json`. It is written as `….part`, renamed by rank 0 after every rank
-has written, and only then does `latest` move. Weights that do not train at the start of the run are written once, to
-`checkpoints/locked.safetensors`.
+`checkpoints/step-00001000/` holds `rank-00000.safetensors` … (masters, optimizer state, random state, buffers, and
+where each piece of each parameter stands) and `state.json`. It is written as `….part`, renamed by rank 0 after every
+rank has written, and only then does `latest` move. Weights that do not train at the start of the run are written once,
+to `checkpoints/locked.safetensors`.
 """
 
 from __future__ import annotations
@@ -18,23 +18,23 @@ from typing import Any
 
 import torch
 from deepspeed import DeepSpeedEngine
-from deepspeed.accelerator import get_accelerator
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from convclip.config import UserError
+from convclip.devices import RandomState
 from convclip.distributed import barrier, gather_objects, is_main, rank
-from convclip.engine.meters import on_accelerator
 from convclip.engine.zero.build import OptimizerSnapshot, restore_snapshot, take_snapshot
-from convclip.engine.zero.masters import is_replicated, optimizer_shards
+from convclip.engine.zero.masters import is_replicated, master_shards
 
 FORMAT = 1
 
 
 @dataclass
 class RunState:
-    """Where a run stands: optimizer steps done, the stage of the unfreeze schedule, and what the engine was."""
+    """Where a run stands, live: optimizer steps done, the stage of the unfreeze schedule, the best figures so far; and
+    what its engine is. A checkpoint's state.json holds it."""
 
     step: int
     stage: int
@@ -43,6 +43,15 @@ class RunState:
     precision: str
     best: dict[str, float] = field(default_factory=dict)
     format: int = FORMAT
+
+    def take_best(self, recalls: Mapping[str, float]) -> bool:
+        """Whether these standard recalls have the highest mean R@1 so far; they are `best` then."""
+        first = [value for key, value in recalls.items() if key.endswith("_r1")]
+        score = sum(first) / len(first)
+        if score <= self.best.get("mean_r1", -1.0):
+            return False
+        self.best = {"mean_r1": score, "step": self.step, **recalls}
+        return True
 
 
 def save_locked(model: nn.Module, trainable: set[str], folder: Path) -> None:
@@ -84,7 +93,7 @@ def save_checkpoint(engine: DeepSpeedEngine, folder: Path, state: RunState) -> P
 
 def load_checkpoint(engine: DeepSpeedEngine, path: Path) -> None:
     """Give `engine` (built for the checkpoint's stage) the optimizer state, counters, buffers and random state."""
-    shards = optimizer_shards(engine)
+    shards = master_shards(engine)
     own = path / rank_file(rank())
     source = path / rank_file(0) if is_replicated(engine) else own
     with _open(source) as file:
@@ -93,8 +102,10 @@ def load_checkpoint(engine: DeepSpeedEngine, path: Path) -> None:
         if layout["shards"] != json.loads(json.dumps(expected)):
             raise UserError(f"{source}: its parameter groups are not those of this model and recipe")
         masters = [file.get_tensor(f"{index}/master") for index in range(len(shards))]
+        # A checkpoint of 0.1.0 has no "state_values": all of its state was tensors.
+        values = layout.get("state_values", [{}] * len(shards))
         states = [
-            {key: file.get_tensor(f"{index}/{key}") for key in layout["state_keys"][index]}
+            {**values[index], **{key: file.get_tensor(f"{index}/{key}") for key in layout["state_keys"][index]}}
             for index in range(len(shards))
         ]
     restore_snapshot(engine, OptimizerSnapshot(masters, states, layout["scaler"], layout["counters"]))
@@ -103,9 +114,8 @@ def load_checkpoint(engine: DeepSpeedEngine, path: Path) -> None:
         for key in file.keys():  # noqa: SIM118 - a safetensors handle is not a mapping
             if key.startswith("buffer/"):
                 buffers[key.removeprefix("buffer/")].data.copy_(file.get_tensor(key))
-        torch.set_rng_state(file.get_tensor("random/cpu"))
-        if "random/device" in file.keys():  # noqa: SIM118
-            get_accelerator().set_rng_state(file.get_tensor("random/device"))
+        on_device = "random/device" in file.keys()  # noqa: SIM118
+        RandomState(file.get_tensor("random/cpu"), file.get_tensor("random/device") if on_device else None).restore()
 
 
 def read_state(path: Path) -> RunState:
@@ -208,18 +218,20 @@ def rank_file(number: int) -> str:
 
 def _save_rank(engine: DeepSpeedEngine, path: Path) -> None:
     snapshot = take_snapshot(engine)
-    shards = optimizer_shards(engine)
+    shards = master_shards(engine)
     tensors = {f"buffer/{name}": value.detach().cpu().contiguous() for name, value in _buffers(engine.module).items()}
-    tensors["random/cpu"] = torch.get_rng_state()
-    if on_accelerator():
-        tensors["random/device"] = get_accelerator().get_rng_state().cpu()
+    random = RandomState.now()
+    tensors["random/cpu"] = random.cpu
+    if random.device is not None:
+        tensors["random/device"] = random.device.cpu()
     if rank() == 0 or not is_replicated(engine):
-        for index, (master, adam) in enumerate(zip(snapshot.masters, snapshot.states, strict=True)):
-            values = {"master": master, **adam}
+        for index, (master, state) in enumerate(zip(snapshot.masters, snapshot.states, strict=True)):
+            values = {"master": master, **{key: state[key] for key in _tensor_keys(state)}}
             tensors.update({f"{index}/{key}": value.detach().cpu().contiguous() for key, value in values.items()})
     layout = {
         "shards": [_layout(shard.pieces) for shard in shards],
-        "state_keys": [sorted(state) for state in snapshot.states],
+        "state_keys": [_tensor_keys(state) for state in snapshot.states],
+        "state_values": [{k: v for k, v in state.items() if not isinstance(v, Tensor)} for state in snapshot.states],
         "shapes": {
             name: list(getattr(parameter, "ds_shape", parameter.shape))
             for name, parameter in engine.module.named_parameters()
@@ -235,6 +247,11 @@ def _buffers(model: nn.Module) -> dict[str, Tensor]:
     """The buffers that belong to the model's state, such as running statistics; not constants such as masks."""
     kept = model.state_dict().keys()
     return {name: buffer for name, buffer in model.named_buffers() if name in kept}
+
+
+def _tensor_keys(state: Mapping[str, Any]) -> list[str]:
+    """Names of the tensors of an optimizer's state; the rest of it are plain values, which go into the layout."""
+    return sorted(key for key, value in state.items() if isinstance(value, Tensor))
 
 
 def _layout(pieces: Iterable[Any]) -> list[list[Any]]:

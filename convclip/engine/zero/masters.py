@@ -43,7 +43,7 @@ class MasterShard:
         return self.master.data.view(-1)
 
 
-def optimizer_shards(engine: DeepSpeedEngine) -> list[MasterShard]:
+def master_shards(engine: DeepSpeedEngine) -> list[MasterShard]:
     """This rank's shards, in the optimizer's order: old groups first, so they keep their place across a rebuild."""
     names = {id(parameter): name for name, parameter in engine.module.named_parameters()}
     optimizer = engine.optimizer
@@ -81,7 +81,7 @@ def is_replicated(engine: DeepSpeedEngine) -> bool:
 
 def write_masters(engine: DeepSpeedEngine, values: Mapping[str, Tensor]) -> None:
     """Overwrite the masters of the named parameters with full fp32 tensors, then refresh the model's copy of them."""
-    for shard in optimizer_shards(engine):
+    for shard in master_shards(engine):
         for piece in shard.pieces:
             if piece.parameter in values:
                 source = values[piece.parameter].reshape(-1)[piece.start : piece.start + piece.length]

@@ -9,7 +9,7 @@ import sys
 import pytest
 
 from convclip.config import UserError, load_recipe
-from convclip.engine.plan.plan import make_plan
+from convclip.run import plan_recipe
 from tests.conftest import REPOSITORY
 
 GPT2_SIX_LAYERS = 42_527_232 + 1_536 + 819_200
@@ -33,7 +33,7 @@ EXPECTED = {
 
 @pytest.mark.parametrize("recipe", EXPECTED)
 def test_trainable_counts_of_every_stage(recipe):
-    plan = make_plan(load_recipe(recipe))
+    plan = plan_recipe(load_recipe(recipe))
     found = [(s["epoch"], s["trainable"]["visual"], s["trainable"]["text"]) for s in plan["stages"]]
     assert found == EXPECTED[recipe]
     for stage in plan["stages"]:
@@ -43,19 +43,19 @@ def test_trainable_counts_of_every_stage(recipe):
 
 
 def test_groups_of_a_stage_begin_with_those_of_the_stage_before():
-    first, second, third = make_plan(load_recipe("tiny_gpt2_unfreeze"))["stages"]
+    first, second, third = plan_recipe(load_recipe("tiny_gpt2_unfreeze"))["stages"]
     assert second["groups"][: len(first["groups"])] == first["groups"]
     assert third["groups"][: len(second["groups"])] == second["groups"]
     assert {group["lr_scale"] for group in third["groups"][len(first["groups"]) :]} == {0.1}
 
 
 def test_event_beyond_the_end_is_said():
-    (note,) = make_plan(load_recipe("base_absattn_headalign"))["notes"]
+    (note,) = plan_recipe(load_recipe("base_absattn_headalign"))["notes"]
     assert "text all at epoch 10 is never reached" in note
 
 
 def test_lr_curve_warms_up_then_falls_and_new_groups_start_at_their_event():
-    plan = make_plan(load_recipe("tiny_gpt2_unfreeze"))
+    plan = plan_recipe(load_recipe("tiny_gpt2_unfreeze"))
     curve, steps = plan["lr_curve"], plan["lr_curve"]["step"]
     old, new = curve["lr"]["image.decay"], curve["lr"]["image.event1.decay"]
     assert max(old) == pytest.approx(7e-4, rel=1e-3)
@@ -76,17 +76,17 @@ def test_lr_curve_warms_up_then_falls_and_new_groups_start_at_their_event():
 )
 def test_mistakes_in_the_schedule_are_caught(override, message):
     with pytest.raises(UserError, match=message):
-        make_plan(load_recipe("tiny_gpt2_unfreeze", [override]))
+        plan_recipe(load_recipe("tiny_gpt2_unfreeze", [override]))
 
 
 def test_event_that_opens_nothing_is_caught():
     overrides = ["freezing.unfreeze.1.tower=text", "freezing.unfreeze.1.groups=null", "freezing.unfreeze.1.layers=6"]
     with pytest.raises(UserError, match="opens nothing"):
-        make_plan(load_recipe("tiny_gpt2_unfreeze", overrides))
+        plan_recipe(load_recipe("tiny_gpt2_unfreeze", overrides))
 
 
 def test_event_at_the_very_start_belongs_to_stage_0():
-    plan = make_plan(load_recipe("tiny_cliptext_unfreeze", ["freezing.unfreeze.0.epoch=0"]))
+    plan = plan_recipe(load_recipe("tiny_cliptext_unfreeze", ["freezing.unfreeze.0.epoch=0"]))
     (stage,) = plan["stages"]
     assert stage["trainable"]["visual"] == 17_692_160
     scales = {group["name"]: group["lr_scale"] for group in stage["groups"]}
@@ -95,7 +95,7 @@ def test_event_at_the_very_start_belongs_to_stage_0():
 
 
 def test_two_events_in_one_epoch_are_one_stage_with_two_groups():
-    plan = make_plan(load_recipe("tiny_gpt2_unfreeze", ["freezing.unfreeze.0.epoch=5"]))
+    plan = plan_recipe(load_recipe("tiny_gpt2_unfreeze", ["freezing.unfreeze.0.epoch=5"]))
     _, stage = plan["stages"]
     assert stage["trainable"]["visual"] == 17_692_160
     assert stage["trainable"]["text"] == GPT2_SIX_LAYERS

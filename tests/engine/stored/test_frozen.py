@@ -90,7 +90,7 @@ def stored_of(number_of: str) -> str:
 
 def teacher_logits(files: Path, folder: Path) -> float:
     """Largest difference between the teacher's logits live and from the store."""
-    from convclip.run import open_inputs
+    from convclip.engine.task import ImageTextTask
 
     device, difference = torch.device("cpu"), 0.0
     store = folder / stored_of("three views, accumulation, head alignment, ZeRO 3")
@@ -98,9 +98,10 @@ def teacher_logits(files: Path, folder: Path) -> float:
         logits = []
         for path in (None, store / "features.h5"):
             recipe = make_recipe(files, features__views=3, head_alignment=ALIGN)
-            loader, source = open_inputs(recipe, device, torch.float32, path)
-            source.enter_stage(INPUT, {"text.ln_final.weight"})
-            batches = [source(batch, epoch) for batch in loader.epoch(epoch)]
+            task = ImageTextTask(recipe)
+            loader, source, _ = task.open(task.initial_model()[0], device, torch.float32, path)
+            reads = source.reads(INPUT, {"text.ln_final.weight"}, 0)
+            batches = [source.inputs(batch, epoch, reads) for batch in loader.epoch(epoch)]
             logits.append([source.teacher_scale * batch.teacher[0] @ batch.teacher[1].T for batch in batches])
         difference = max(difference, *((a - b).abs().max().item() for a, b in zip(*logits, strict=True)))
         assert all(a.std() > 0.01 for a in logits[0])
@@ -110,50 +111,50 @@ def teacher_logits(files: Path, folder: Path) -> float:
 def what_learns(files: Path, folder: Path) -> dict[str, Any]:
     """After a live run with teacher and reference head: who has a gradient, and what the optimizer holds."""
     from convclip import run
-    from convclip.engine.zero.masters import optimizer_shards
+    from convclip.engine import trainer as trainer_module
+    from convclip.engine.zero.masters import master_shards
 
     made: list[Any] = []
 
-    class Kept(run.Trainer):
+    class Kept(trainer_module.Trainer):
         def __init__(self, *given: Any) -> None:
             super().__init__(*given)
             made.append(self)
 
-    before, run.Trainer = run.Trainer, Kept
+    before, trainer_module.Trainer = trainer_module.Trainer, Kept
     try:
         saved = {"checkpoint": {"every_epochs": 3}, "head_alignment": ALIGN}
         train(files, folder / "state", "zero1_fp32", features={"views": 1}, **saved)
     finally:
-        run.Trainer = before
+        trainer_module.Trainer = before
     run.evaluate_checkpoint(folder / "state", str(files / "val-000000.tar"), folder / "evaluated")
     trainer = made[0]
-    frozen = [*trainer.source.teacher.named_parameters(), *trainer.engine.module.reference.named_parameters()]
-    held = {piece.parameter for shard in optimizer_shards(trainer.engine) for piece in shard.pieces}
+    teacher, engine = trainer.parts.source.teacher, trainer.staged.engine
+    frozen = [*teacher.named_parameters(), *engine.module.reference.named_parameters()]
+    held = {piece.parameter for shard in master_shards(engine) for piece in shard.pieces}
     source = load_file(files / "start" / "open_clip_model.safetensors")
     return {
         "gradient": [name for name, parameter in frozen if parameter.requires_grad or parameter.grad is not None],
-        "in eval": not (trainer.source.teacher.training or trainer.engine.module.reference.training),
+        "in eval": not (teacher.training or engine.module.reference.training),
         "evaluated": (folder / "evaluated" / "eval.jsonl").is_file(),
         "held": sorted(held),
-        "trainable": sorted(trainer.stages[-1].trainable),
-        "reference moved": not torch.equal(
-            trainer.engine.module.reference.proj.weight, source["visual.head.proj.weight"]
-        ),
+        "trainable": sorted(trainer.staged.stages[-1].trainable),
+        "reference moved": not torch.equal(engine.module.reference.proj.weight, source["visual.head.proj.weight"]),
     }
 
 
 def nothing_frozen_runs(files: Path, folder: Path) -> int:
     """Train from the store while decoding a picture, the trunk, the text tower and the teacher raise; its steps."""
-    from convclip import run
     from convclip.data import loader
+    from convclip.engine import trainer
     from convclip.models.teacher import Teacher
 
     def forbidden(*given: Any, **named: Any) -> None:
         raise AssertionError("frozen work was done again")
 
-    class Guarded(run.Trainer):
-        def _look_at_engine(self) -> None:
-            super()._look_at_engine()
+    class Guarded(trainer.StagedEngine):
+        def _look(self) -> None:
+            super()._look()
             model, boundary = self.engine.module, self.frozen.image
             assert boundary == 11
             for unit in model.visual.units()[:boundary]:
@@ -162,12 +163,12 @@ def nothing_frozen_runs(files: Path, folder: Path) -> int:
             model.text.register_forward_pre_hook(forbidden)
 
     train(files, folder / "filled", features="fill", freezing=LOCKED, max_steps=1)
-    before = run.Trainer, loader.decode_image, Teacher.__init__
-    run.Trainer, loader.decode_image, Teacher.__init__ = Guarded, forbidden, forbidden
+    before = trainer.StagedEngine, loader.decode_image, Teacher.__init__
+    trainer.StagedEngine, loader.decode_image, Teacher.__init__ = Guarded, forbidden, forbidden
     try:
         rows = train(files, folder / "guarded", features=str(folder / "filled" / "features.h5"), freezing=LOCKED)
     finally:
-        run.Trainer, loader.decode_image, Teacher.__init__ = before
+        trainer.StagedEngine, loader.decode_image, Teacher.__init__ = before
     return len(rows)
 
 

@@ -1,0 +1,233 @@
+"""What a kind of training provides: its model, loader, inputs, objective and evaluation. Image-text is here.
+
+The trainer and the plan know a `Task` and never ask which one it is; `convclip.run.open_task` chooses. No DeepSpeed.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence, Set
+from pathlib import Path
+from typing import Any, NamedTuple, Protocol
+
+import torch
+
+from convclip.data.evaluation_set import load_evaluation_set
+from convclip.data.loader import Batch, EpochLoader, TrainLoader
+from convclip.data.tokenizers import build_tokenizer
+from convclip.data.transforms import EvalTransform, TrainTransform
+from convclip.devices import on_accelerator
+from convclip.distributed import rank, world_size
+from convclip.engine.inputs import ImageTextSource, Reads
+from convclip.engine.objective import ImageTextObjective, Losses
+from convclip.engine.plan.memory import made_up_batch
+from convclip.engine.stored.extraction import Extraction, expected_store, extract, verify
+from convclip.engine.stored.frozen import FrozenWork, recipe_views
+from convclip.evaluation.embedding import Encode, evaluate
+from convclip.evaluation.report import format_table
+from convclip.evaluation.zero_shot import load_zero_shot_set, zero_shot_accuracy
+from convclip.features.reader import FeatureStore
+from convclip.models.dual_tower import Cut, DualTower, Outputs, build_model
+from convclip.models.reference_head import load_reference_head
+from convclip.models.teacher import Teacher
+from convclip.models.weights import LoadReport, load_pretrained
+from convclip.schema import Recipe, UserError
+
+
+class Source(Protocol):
+    """Makes a step's inputs of the loader's batches."""
+
+    def reads(self, frozen: Cut, trainable: Set[str], step: int) -> Reads:
+        """What a step takes from the store, in a stage that trains `trainable`, nothing of it below `frozen`."""
+
+    def inputs(self, batch: Any, epoch: int, reads: Reads) -> Any:
+        """A batch of the loader on the device, as the towers and the objective take it."""
+
+
+class Objective(Protocol):
+    """The losses of a step."""
+
+    def __call__(self, outputs: Outputs, batches: Sequence[Any], step: int) -> Losses:
+        """Losses by name, `total` among them; rows of `outputs` are those of `batches` in turn."""
+
+    def warnings(self, row: Mapping[str, Any]) -> list[str]:
+        """What a row of metrics.jsonl says of a run gone wrong."""
+
+
+class Evaluation(Protocol):
+    """What a run is scored by."""
+
+    def figures(self, encode: Encode, device: torch.device, dtype: torch.dtype) -> dict[str, Any]:
+        """What eval.jsonl gets; the same on every rank."""
+
+    def table(self, figures: dict[str, Any]) -> str:
+        """What the log gets."""
+
+    def start(self, encode: Encode, device: torch.device, dtype: torch.dtype) -> dict[str, Any] | None:
+        """Figures to report before the first step, if any."""
+
+    def start_problem(self, figures: dict[str, Any]) -> str | None:
+        """What the figures of the start say of a run that is bound to fail."""
+
+
+class Parts(NamedTuple):
+    """The data stream, what makes a step's inputs of it, and the losses."""
+
+    loader: EpochLoader
+    source: Source
+    objective: Objective
+
+
+class Task(Protocol):
+    """A kind of training, for one recipe."""
+
+    recipe: Recipe
+    # Whether the plan and the trial step know what a step of it takes.
+    estimates_memory: bool
+
+    def build_model(self) -> DualTower:
+        """The model with random weights; works under `torch.device("meta")`."""
+
+    def initial_model(self) -> tuple[DualTower, LoadReport]:
+        """The model as a run starts with it, in fp32 on the CPU, and what of it is new. Errors: UserError."""
+
+    def open(self, model: DualTower, device: torch.device, dtype: torch.dtype, store: str | Path | None) -> Parts:
+        """The parts of a run of `model`, which is only looked at. `store`: a feature file. Errors: UserError."""
+
+    def evaluation(self, address: str) -> Evaluation:
+        """The evaluation on the data behind `address`. Errors: UserError."""
+
+    def zero_shot(self, folder: Path) -> ZeroShot:
+        """Zero-shot classification of a folder (see `convclip.evaluation.zero_shot`). Errors: UserError."""
+
+    def extract(self, path: Path, dtype: torch.dtype) -> None:
+        """Store what the locked towers make of the training data, on all ranks. Errors: UserError."""
+
+    def verify(self, path: Path, dtype: torch.dtype) -> dict[str, float]:
+        """Compute a sample of a finished store again; largest difference by array. Errors: UserError."""
+
+    def extract_teacher(self, path: Path, checkpoint: str, precision: str) -> None:
+        """Store a video teacher's features. Errors: UserError where the task has no such teacher."""
+
+    def trial_batch(self, source: Any, rows: int) -> Batch:
+        """A made-up batch as the loader gives it; only where `estimates_memory`."""
+
+
+class ImageTextTask:
+    """Images and captions."""
+
+    estimates_memory = True
+
+    def __init__(self, recipe: Recipe) -> None:
+        self.recipe = recipe
+
+    def build_model(self) -> DualTower:
+        """As Task."""
+        return build_model(self.recipe.model)
+
+    def initial_model(self) -> tuple[DualTower, LoadReport]:
+        """As Task; with a reference head where the recipe aligns heads."""
+        torch.manual_seed(self.recipe.seed)
+        model = self.build_model()
+        report = load_pretrained(model, self.recipe.model)
+        if self.recipe.head_alignment is not None:
+            model.reference = load_reference_head(self.recipe.model)
+        return model, report
+
+    def open(self, model: DualTower, device: torch.device, dtype: torch.dtype, store: str | Path | None) -> Parts:
+        """As Task."""
+        recipe, work, opened, teacher, stored = self.recipe, FrozenWork(0, False, False), None, None, None
+        if store is not None:
+            work, expected = expected_store(recipe, model, dtype)
+            opened = FeatureStore(store, expected)
+        elif recipe.teacher is not None:
+            teacher = Teacher(recipe.teacher).to(device, dtype)
+        if opened is not None and work.boundary:
+            stored = frozenset((opened.ids("image_map") // (recipe.features.view_count or 1)).tolist())
+        loader = TrainLoader(
+            recipe.data,
+            recipe.batch,
+            TrainTransform(recipe.model.image.image_size, recipe.data.crop_scale),
+            build_tokenizer(recipe.model.text),
+            rank(),
+            world_size(),
+            recipe.seed,
+            pin_memory=on_accelerator(),
+            views=recipe_views(recipe),
+            teacher_tokenizer=teacher.tokenizer if teacher else None,
+            stored=stored,
+        )
+        source = ImageTextSource(recipe, device, dtype, teacher, opened, work)
+        return Parts(loader, source, ImageTextObjective(recipe, source.teacher_scale))
+
+    def evaluation(self, address: str) -> Retrieval:
+        """As Task."""
+        return Retrieval(self.recipe, address)
+
+    def zero_shot(self, folder: Path) -> ZeroShot:
+        """As Task."""
+        return ZeroShot(self.recipe, folder)
+
+    def extract(self, path: Path, dtype: torch.dtype) -> None:
+        """As Task."""
+        extract(Extraction(self.recipe, self.initial_model()[0], dtype), path)
+
+    def verify(self, path: Path, dtype: torch.dtype) -> dict[str, float]:
+        """As Task."""
+        return verify(Extraction(self.recipe, self.initial_model()[0], dtype), path)
+
+    def extract_teacher(self, path: Path, checkpoint: str, precision: str) -> None:
+        """Refused: an image recipe's teacher is a section of its own."""
+        raise UserError(f"--kind xclip: recipe {self.recipe.name} is not for videos; use one with a video section")
+
+    def trial_batch(self, source: ImageTextSource, rows: int) -> Batch:
+        """As Task."""
+        ids = source.first_stored()
+        tokenizer = source.teacher.tokenizer if source.teacher is not None else None
+        return made_up_batch(self.recipe, rows, ids, tokenizer)
+
+
+class Retrieval:
+    """Retrieval between the images and captions of a set."""
+
+    def __init__(self, recipe: Recipe, address: str) -> None:
+        transform = EvalTransform(recipe.model.image.image_size)
+        self.recipe = recipe
+        self.dataset = load_evaluation_set(address, recipe.data, transform, build_tokenizer(recipe.model.text))
+
+    def figures(self, encode: Encode, device: torch.device, dtype: torch.dtype) -> dict[str, Any]:
+        """As Evaluation."""
+        batch, workers = self.recipe.evaluation.batch, self.recipe.data.workers
+        return evaluate(encode, self.dataset, self.recipe.model.image, device, dtype, batch, workers)
+
+    def table(self, figures: dict[str, Any]) -> str:
+        """As Evaluation."""
+        return format_table(figures)
+
+    def start(self, encode: Encode, device: torch.device, dtype: torch.dtype) -> dict[str, Any] | None:
+        """None: training may start from random heads, of which retrieval says nothing."""
+        return None
+
+    def start_problem(self, figures: dict[str, Any]) -> str | None:
+        """None: there are no figures."""
+        return None
+
+
+class ZeroShot:
+    """Zero-shot classification of a folder of pictures by class."""
+
+    def __init__(self, recipe: Recipe, folder: Path) -> None:
+        self.recipe, self.classes = recipe, load_zero_shot_set(folder)
+
+    def figures(self, encode: Encode, device: torch.device, dtype: torch.dtype) -> dict[str, Any]:
+        """As Evaluation."""
+        recipe = self.recipe
+        transform, tokenizer = EvalTransform(recipe.model.image.image_size), build_tokenizer(recipe.model.text)
+        settings = (recipe.model.image, device, dtype, recipe.evaluation.batch, recipe.data.workers)
+        return zero_shot_accuracy(encode, self.classes, transform, tokenizer, *settings)
+
+    def table(self, figures: dict[str, Any]) -> str:
+        """As Evaluation."""
+        return (
+            f"zero-shot, {figures['classes']} classes, {figures['images']} images: "
+            f"top-1 {figures['top1']:.2f} top-5 {figures['top5']:.2f}"
+        )

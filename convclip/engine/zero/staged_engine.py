@@ -1,0 +1,133 @@
+"""The DeepSpeed engine of a run that opens its towers in stages: built once, rebuilt at every unfreeze event."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator, Mapping
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from deepspeed import DeepSpeedEngine
+
+from convclip.distributed import rank, world_size
+from convclip.engine.stages.groups import Stage, event_starts, training_stages
+from convclip.engine.zero.build import build_engine, dismantle, rebuild_engine
+from convclip.engine.zero.checkpoint import (
+    RunState,
+    load_checkpoint,
+    load_weights,
+    move_pointer,
+    read_state,
+    remove_old,
+    save_checkpoint,
+    save_locked,
+)
+from convclip.engine.zero.ds_config import precision, zero_stage
+from convclip.engine.zero.masters import clamp_parameter, master_shards
+from convclip.models.dual_tower import DualTower
+from convclip.models.layer_groups import frozen_cut
+from convclip.schema import Recipe
+
+
+class StagedEngine:
+    """Owns the engine, the stage it is in, the fp32 values of what has not been opened yet, and the masters.
+
+    In this order: `load` the weights, perhaps a `trial`, `start`, and before every step `open_due`. `stage` numbers the
+    present one of `stages`. `engine` is the DeepSpeed engine of that stage, a new one after each event; `trainable` are
+    the names it trains, and `frozen` is the cut below which nothing trains.
+    """
+
+    def __init__(
+        self, model: DualTower, recipe: Recipe, ds_config: Mapping[str, Any], steps_per_epoch: int, folder: Path
+    ) -> None:
+        """`model` is in fp32 on the CPU; `folder` is the run's. Errors: UserError of the recipe's events."""
+        self.recipe, self.ds_config, self.folder = recipe, ds_config, folder
+        self.world, self.dtype = world_size(), precision(ds_config)
+        self.micro_batches: int = ds_config["gradient_accumulation_steps"]
+        self.stages = training_stages(model, recipe)
+        self.starts = [stage.start(steps_per_epoch) for stage in self.stages]
+        self.event_starts = event_starts(self.stages, steps_per_epoch)
+        self.stage = 0
+        self._model = model
+
+    @property
+    def present(self) -> Stage:
+        """The stage that trains."""
+        return self.stages[self.stage]
+
+    @property
+    def parameter_groups(self) -> list[dict[str, Any]]:
+        """The optimizer's groups, with `name`, `lr` and `lr_scale`; the trainer sets lr before every step."""
+        return self.engine.optimizer.param_groups
+
+    def load(self, checkpoint: Path | None) -> RunState:
+        """Weights of a checkpoint, if any, and where its run stands; a new run stands at step 0."""
+        state = RunState(0, 0, self.world, zero_stage(self.ds_config), str(self.dtype))
+        if checkpoint is not None:
+            state = read_state(checkpoint)
+            load_weights(self._model, checkpoint)
+        save_locked(self._model, self.stages[0].trainable, self.folder / "checkpoints")
+        ever = self.stages[-1].trainable
+        self._unopened = {n: p.detach().clone().cpu() for n, p in self._model.named_parameters() if n in ever}
+        return state
+
+    @contextlib.contextmanager
+    def trial(self, total_steps: int) -> Iterator[None]:
+        """An engine of the last stage that a run of `total_steps` reaches, for as long as the context lasts."""
+        self._build(max(number for number, start in enumerate(self.starts) if start < total_steps or number == 0))
+        yield
+        dismantle(self.engine)
+
+    def start(self, state: RunState, checkpoint: Path | None) -> None:
+        """Build the engine for the stage of `state`, with all that a checkpoint has of the optimizer."""
+        self._build(state.stage)
+        self._unopened = {n: value for n, value in self._unopened.items() if n not in self.trainable}
+        torch.manual_seed(self.recipe.seed + rank())
+        if checkpoint is not None:
+            load_checkpoint(self.engine, checkpoint)
+
+    def open_due(self, step: int) -> Iterator[Stage]:
+        """Open the stages that begin before optimizer step `step`, one by one; the engine is rebuilt for each."""
+        while self.stage + 1 < len(self.stages) and step >= self.starts[self.stage + 1]:
+            self.stage += 1
+            values = {name: self._unopened.pop(name) for group in self.present.opened for name in group.parameters}
+            self.engine = rebuild_engine(self.engine, self.present.groups, self.ds_config, self.recipe.optim, values)
+            self._look()
+            yield self.present
+
+    def clamp_logit_scale(self, low: float, high: float) -> None:
+        """Keep the logit scale (not exponentiated) within bounds, in the masters and in the model."""
+        clamp_parameter(self.engine, self._shards, "logit_scale", low, high)
+
+    @contextlib.contextmanager
+    def evaluating(self) -> Iterator[None]:
+        """The model in eval mode and without gradient."""
+        self.engine.eval()
+        with torch.no_grad():
+            yield
+        self.engine.train()
+
+    def save(self, state: RunState, is_best: bool, keep_last: int) -> None:
+        """Write a checkpoint on all ranks, point `latest` (and `best`) at it, and remove all but the newest and best.
+
+        Errors: UserError on every rank where one cannot write.
+        """
+        path = save_checkpoint(self.engine, self.folder / "checkpoints", replace(state, stage=self.stage))
+        move_pointer(self.folder, "latest", path)
+        if is_best:
+            move_pointer(self.folder, "best", path)
+        remove_old(self.folder, keep_last)
+
+    def _build(self, stage: int) -> None:
+        self.stage = stage
+        self.engine: DeepSpeedEngine = build_engine(
+            self._model, self.present.groups, self.ds_config, self.recipe.optim, self._unopened
+        )
+        self._look()
+
+    def _look(self) -> None:
+        self._shards = master_shards(self.engine)
+        self.trainable = self.present.trainable
+        self.frozen = frozen_cut(self._model, self.trainable)
