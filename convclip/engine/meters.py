@@ -118,6 +118,10 @@ class StepClock:
         self.waited += time.perf_counter() - start
         return item
 
+    def step_done(self) -> None:
+        """Count a step."""
+        self.steps += 1
+
     def report(self, global_batch: int) -> dict[str, float]:
         """samples_per_s, data_share and step_seconds of the stretch, which then starts anew."""
         seconds = max(time.perf_counter() - self.started, 1e-9)

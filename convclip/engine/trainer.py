@@ -56,7 +56,7 @@ class Trainer:
             self._open_due()
             result = self._train_step(batches)
             self.state.step += 1
-            self.clock.steps += 1
+            self.clock.step_done()
             if self.state.step == first_step + 1:
                 self._report_memory()
             self._report_step(result)

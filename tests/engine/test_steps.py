@@ -11,10 +11,11 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from convclip.engine.inputs import Inputs
 from convclip.engine.stages.groups import training_stages
-from convclip.engine.steps import chunked_step
+from convclip.engine.steps import accumulated_step, chunked_step
 from convclip.models.dual_tower import INPUT, Cut, DualTower, Outputs
 from convclip.models.layer_groups import frozen_cut
 from convclip.schema import Recipe
@@ -169,8 +170,8 @@ class PlainEngine:
     def __init__(self, module: torch.nn.Module, count: int) -> None:
         self.module, self.count, self.boundaries = module, count, []
 
-    def __call__(self, *inputs: Any) -> Any:
-        return self.module(*inputs)
+    def __call__(self, *inputs: Any, **named: Any) -> Any:
+        return self.module(*inputs, **named)
 
     def zero_optimization_stage(self) -> int:
         return 0
@@ -181,7 +182,7 @@ class PlainEngine:
     def set_gradient_accumulation_boundary(self, is_boundary: bool) -> None:
         self.boundaries.append(is_boundary)
 
-    def backward(self, loss: Tensor, scale_wrt_gas: bool) -> None:
+    def backward(self, loss: Tensor, scale_wrt_gas: bool = False) -> None:
         assert not scale_wrt_gas
         loss.backward()
 
@@ -299,3 +300,30 @@ def test_random_numbers_and_running_statistics_go_on_as_after_one_pass():
     buffers = dict(chunked.named_buffers())
     assert any(name.endswith("running_var") for name in buffers)
     assert all(torch.equal(buffers[name], buffer) for name, buffer in once.named_buffers())
+
+
+class Counted(TorchDispatchMode):
+    """Counts the operations that wait for the device, and those that take new memory."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.waits = self.allocations = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
+        name = str(func)
+        self.waits += "_local_scalar_dense" in name
+        self.allocations += any(part in name for part in ("empty", "clone", "cat.", "zeros", "ones", "_to_copy"))
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("sigmoid", [False, True], ids=["softmax", "sigmoid"])
+def test_a_step_waits_and_allocates_no_more_than_in_0_1_0(sigmoid):
+    """The limits were counted on the last commit before the contracts got names, with this model and these rows."""
+    model, frozen = stage0_model(small_recipe(0.0, {"lock": ["image"]}, sigmoid=sigmoid))
+    with Counted() as accumulated:
+        accumulated_step(PlainEngine(model, 4), plain_chunks(), loss_of, 0)
+    with Counted() as chunked:
+        chunked_step(PlainEngine(model, 4), plain_chunks(), loss_of, 0, frozen, 1e9)
+    assert accumulated.waits <= 4 and chunked.waits <= 7
+    assert accumulated.allocations <= (120 if sigmoid else 136)
+    assert chunked.allocations <= (118 if sigmoid else 116)
