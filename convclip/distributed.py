@@ -95,18 +95,6 @@ def gather_objects(value: Any, group: Group = None) -> list[Any]:
     return values
 
 
-def gather_rows(x: Tensor, group: Group = None) -> Tensor:
-    """Rows of all ranks in rank order without gradient: [B_r, ...] with B_r free per rank -> [sum of B_r, ...]."""
-    world = world_size(group)
-    if world == 1:
-        return x.detach()
-    counts = gather(torch.tensor([x.shape[0]], device=x.device), group).tolist()
-    padded = x.new_zeros(max(counts), *x.shape[1:])
-    padded[: x.shape[0]] = x.detach()
-    rows = gather(padded, group)
-    return torch.cat([part[:count] for part, count in zip(rows.chunk(world), counts, strict=True)])
-
-
 def _ready() -> bool:
     return dist.is_available() and dist.is_initialized()
 

@@ -16,6 +16,9 @@ class UserError(Exception):
     """A mistake of the user's: launch and tool scripts print its one line and exit with code 2."""
 
 
+# Largest picture or video frame that is decoded, width x height by its header: decoded it is 192 MB.
+MAX_PIXELS = 64_000_000
+
 Positive = Annotated[float, Field(gt=0)]
 Decay = Annotated[float, Field(ge=0, lt=1)]
 Weight = Annotated[float, Field(ge=0)]
@@ -105,7 +108,7 @@ class Data(Section):
     # Samples are shuffled within this many shards at a time, so that reading stays local on slow disks.
     shuffle_shards: int = Field(64, gt=0)
     max_broken_share: float = Field(0.01, ge=0, le=1)
-    max_image_pixels: int = Field(64_000_000, gt=0)
+    max_image_pixels: int = Field(MAX_PIXELS, gt=0)
     # `pipe:` addresses run a shell command; they are refused unless this is set.
     allow_pipe: bool = False
     # Shards behind a URL are kept here after the first read.

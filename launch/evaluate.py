@@ -6,7 +6,7 @@ import argparse
 import sys
 from pathlib import Path
 
-from convclip.config import UserError
+from convclip.command_line import add_local_rank, add_overrides, run
 
 
 def parse_arguments() -> argparse.Namespace:
@@ -19,32 +19,26 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--output_dir", type=Path, required=True, help="eval.jsonl is written here")
     parser.add_argument("--zero_shot", type=Path, help="folder of classnames.txt, templates.txt and pictures by class")
     parser.add_argument("--precision", choices=["fp32", "bf16", "fp16"], default="fp32")
-    parser.add_argument("--set", dest="overrides", action="append", default=[], metavar="KEY=VALUE")
-    parser.add_argument("--local_rank", type=int, default=0, help=argparse.SUPPRESS)
+    add_overrides(parser)
+    add_local_rank(parser)
     return parser.parse_args()
 
 
-def main() -> int:
-    """Exit code 0, or 2 with one line on a user's mistake."""
-    arguments = parse_arguments()
-    try:
-        from convclip.engine.zero.launcher import start_processes
-        from convclip.run import evaluate_checkpoint
+def evaluate(arguments: argparse.Namespace) -> None:
+    """Start this rank and evaluate."""
+    from convclip.engine.zero.launcher import start_processes
+    from convclip.run import evaluate_checkpoint
 
-        start_processes()
-        evaluate_checkpoint(
-            arguments.checkpoint,
-            arguments.data,
-            arguments.output_dir,
-            arguments.precision,
-            arguments.overrides,
-            arguments.zero_shot,
-        )
-    except UserError as error:
-        print(f"convclip: {error}", file=sys.stderr)
-        return 2
-    return 0
+    start_processes()
+    evaluate_checkpoint(
+        arguments.checkpoint,
+        arguments.data,
+        arguments.output_dir,
+        arguments.precision,
+        arguments.overrides,
+        arguments.zero_shot,
+    )
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(run("convclip", evaluate, parse_arguments()))

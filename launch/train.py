@@ -8,6 +8,7 @@ import os
 import sys
 from pathlib import Path
 
+from convclip.command_line import add_local_rank, add_overrides, run
 from convclip.config import Recipe, UserError, list_recipes, load_recipe
 
 
@@ -20,12 +21,12 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--val_data", help="evaluation shards or a CSV file; without it nothing is evaluated")
     parser.add_argument("--output_dir", type=Path, help="the run's folder")
     parser.add_argument("--resume", default="never", help="never (default), auto, or the path of a checkpoint")
-    parser.add_argument("--set", dest="overrides", action="append", default=[], metavar="KEY=VALUE")
+    add_overrides(parser)
     parser.add_argument("--list_recipes", action="store_true", help="print the recipes and stop")
     parser.add_argument("--plan", action="store_true", help="print what the recipe will do and stop")
     parser.add_argument("--json", action="store_true", help="with --plan: as one JSON object")
     parser.add_argument("--plot", type=Path, metavar="PNG", help="with --plan: draw the learning rates")
-    parser.add_argument("--local_rank", type=int, default=0, help=argparse.SUPPRESS)
+    add_local_rank(parser)
     return parser.parse_args()
 
 
@@ -63,27 +64,21 @@ def train(recipe: Recipe, arguments: argparse.Namespace) -> None:
     train_recipe(recipe, arguments.ds_config, arguments.output_dir, arguments.resume)
 
 
-def main() -> int:
-    """Exit code 0, or 2 with one line on a user's mistake."""
-    arguments = parse_arguments()
-    try:
-        if arguments.list_recipes:
-            print_recipes()
-            return 0
-        if arguments.recipe is None:
-            raise UserError(f"--recipe is needed, one of: {', '.join(list_recipes())}, or a YAML file")
-        data = {"data.train": arguments.train_data, "data.val": arguments.val_data}
-        given = [f"{key}={json.dumps(value)}" for key, value in data.items() if value is not None]
-        recipe = load_recipe(arguments.recipe, [*arguments.overrides, *given])
-        if arguments.plan:
-            print_plan(recipe, arguments.ds_config, arguments.json, arguments.plot)
-        else:
-            train(recipe, arguments)
-    except UserError as error:
-        print(f"convclip: {error}", file=sys.stderr)
-        return 2
-    return 0
+def main(arguments: argparse.Namespace) -> None:
+    """Print the recipes, print a plan, or train."""
+    if arguments.list_recipes:
+        print_recipes()
+        return
+    if arguments.recipe is None:
+        raise UserError(f"--recipe is needed, one of: {', '.join(list_recipes())}, or a YAML file")
+    data = {"data.train": arguments.train_data, "data.val": arguments.val_data}
+    given = [f"{key}={json.dumps(value)}" for key, value in data.items() if value is not None]
+    recipe = load_recipe(arguments.recipe, [*arguments.overrides, *given])
+    if arguments.plan:
+        print_plan(recipe, arguments.ds_config, arguments.json, arguments.plot)
+    else:
+        train(recipe, arguments)
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(run("convclip", main, parse_arguments(), "; --resume auto goes on from the last checkpoint"))

@@ -13,7 +13,6 @@ def test_works_without_initialisation():
     assert distributed.gather_with_gradient(x) is x
     for function in (
         distributed.gather,
-        distributed.gather_rows,
         distributed.all_reduce_sum,
         distributed.all_reduce_max,
         distributed.all_reduce_mean,
@@ -49,16 +48,16 @@ def test_reductions():
         assert scalars == [0.0, 1.0]
 
 
-def _uneven_rows(counts):
+def _rows_and_objects(count):
     rank = distributed.rank()
-    rows = torch.arange(counts[rank] * 2).view(-1, 2) + 100 * rank
-    return distributed.gather_rows(rows).tolist(), distributed.gather_objects("ab"[rank])
+    rows = torch.arange(count * 2).view(-1, 2) + 100 * rank
+    return distributed.gather(rows).tolist(), distributed.gather_objects("ab"[rank])
 
 
-def test_uneven_rows_and_objects():
-    for counts in ((3, 1), (0, 2), (2, 2), (0, 0)):
-        expected = [[100 * r + 2 * i, 100 * r + 2 * i + 1] for r in range(2) for i in range(counts[r])]
-        for rows, objects in run_in_world(2, _uneven_rows, counts):
+def test_rows_and_objects():
+    for count in (3, 1, 0):
+        expected = [[100 * r + 2 * i, 100 * r + 2 * i + 1] for r in range(2) for i in range(count)]
+        for rows, objects in run_in_world(2, _rows_and_objects, count):
             assert rows == expected
             assert objects == ["a", "b"]
 

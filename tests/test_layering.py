@@ -19,6 +19,7 @@ MAY_IMPORT = {
     "config": {"schema"},
     "distributed": set(),
     "devices": set(),
+    "command_line": {"schema"},
     "models": GROUND,
     # Losses take tensors and a process group; of the schema they know the error that users see.
     "losses": {"distributed", "schema"},
@@ -127,7 +128,7 @@ def test_import_convclip_takes_no_torch():
     subprocess.run([sys.executable, "-c", code], cwd=REPOSITORY, check=True)
 
 
-@pytest.mark.parametrize("name", ["schema", "config"])
+@pytest.mark.parametrize("name", ["schema", "config", "command_line"])
 def test_recipes_load_without_torch(name):
     found = {found.split(".")[0] for found in imports_of(REPOSITORY / "convclip" / f"{name}.py")}
     assert not found & {"torch", "deepspeed", "numpy", "timm", "transformers"}

@@ -56,8 +56,12 @@ VIDEO_TABLE = {
 }
 
 
-def test_the_recipes_are_the_experiments_and_the_demo():
-    assert set(list_recipes()) == {*TABLE, *VIDEO_TABLE, "demo"}
+# What README's table lists. A recipe of one's own beside them needs no entry here: the checks of every recipe find it.
+SEED_RECIPES = {*TABLE, *VIDEO_TABLE, "demo"}
+
+
+def test_the_experiments_and_the_demo_are_among_the_recipes():
+    assert set(list_recipes()) >= SEED_RECIPES
 
 
 @pytest.mark.parametrize("name", TABLE)
@@ -128,7 +132,7 @@ def test_demo_is_small_and_shows_an_unfreeze_event():
     assert recipe.model.image.pretrained is recipe.model.pretrained is recipe.model.text.pretrained is None
 
 
-@pytest.mark.parametrize("name", ["demo", *TABLE, *VIDEO_TABLE])
+@pytest.mark.parametrize("name", list_recipes())
 def test_resolved_recipe_reads_back_unchanged(name, tmp_path):
     recipe = load_recipe(name)
     (tmp_path / "recipe.yaml").write_text(recipe.to_yaml())

@@ -27,6 +27,7 @@ from pathlib import Path
 
 import numpy as np
 
+from convclip.command_line import run
 from convclip.schema import UserError
 
 MOST_RELATIVE, MOST_ABSOLUTE = 0.05, 0.0002
@@ -58,19 +59,19 @@ class Comparison:
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Print the errors and the verdict; the exit code is the module's."""
+    """Compare what the command line names; the exit code is the module's."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("reference", type=Path, help="run folder, metrics.jsonl or out.log to compare with")
     parser.add_argument("run", type=Path, help="run folder, metrics.jsonl or out.log to judge")
     parser.add_argument("--plot", type=Path, help="PNG of both curves (needs matplotlib)")
-    options = parser.parse_args(arguments)
-    try:
-        comparison = compare(read_losses(options.reference), read_losses(options.run))
-        if options.plot:
-            plot(comparison, options.plot)
-    except UserError as error:
-        print(f"compare_losses: {error}", file=sys.stderr)
-        return 2
+    return run("compare_losses", judge, parser.parse_args(arguments))
+
+
+def judge(options: argparse.Namespace) -> int:
+    """Print the errors and the verdict; 0 when the run passes, else 1."""
+    comparison = compare(read_losses(options.reference), read_losses(options.run))
+    if options.plot:
+        plot(comparison, options.plot)
     errors = comparison.errors()
     for name, value in errors.items():
         print(f"{name}: {value:.6g}")

@@ -13,8 +13,8 @@ import argparse
 import sys
 from pathlib import Path
 
+from convclip.command_line import add_overrides, run
 from convclip.config import load_recipe
-from convclip.schema import UserError
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -23,34 +23,28 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--checkpoint", required=True, type=Path, help="a run, its checkpoint, or a .safetensors file")
     parser.add_argument("--recipe", help="recipe of a .safetensors file's model; a run knows its own")
     parser.add_argument("--output_dir", required=True, type=Path, help="new folder to write")
-    parser.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="override a recipe field")
-    options = parser.parse_args(arguments)
-    try:
-        export(options.checkpoint, options.recipe, options.set, options.output_dir)
-    except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    return 0
+    add_overrides(parser)
+    return run("export_open_clip", export, parser.parse_args(arguments))
 
 
-def export(checkpoint: Path, recipe_name: str | None, overrides: list[str], folder: Path) -> None:
-    """Build the checkpoint's model, load it exactly, write `folder` and say how to use it."""
+def export(options: argparse.Namespace) -> None:
+    """Build the checkpoint's model, load it exactly, write the folder and say how to use it."""
     # Imported late: --help should not wait for torch.
     from convclip.engine.zero.checkpoint import checkpoint_path, load_weights
     from convclip.models import build_model
     from convclip.models.export import export_open_clip
     from convclip.models.weights import load_exact
 
-    if recipe_name is None:
-        path = checkpoint_path(checkpoint)
-        recipe = load_recipe(path.parent.parent / "recipe.yaml", overrides)
+    if options.recipe is None:
+        path = checkpoint_path(options.checkpoint)
+        recipe = load_recipe(path.parent.parent / "recipe.yaml", options.overrides)
         model = build_model(recipe.model)
         load_weights(model, path)
     else:
-        recipe = load_recipe(recipe_name, overrides)
+        recipe = load_recipe(options.recipe, options.overrides)
         model = build_model(recipe.model)
-        load_exact(model, checkpoint)
-    done = export_open_clip(model, recipe.model, folder)
+        load_exact(model, options.checkpoint)
+    done = export_open_clip(model, recipe.model, options.output_dir)
     print(f"wrote {done.folder}")
     if done.for_open_clip:
         print(f'load it with open_clip.create_model_and_transforms("local-dir:{done.folder}")')

@@ -12,6 +12,7 @@ import json
 import sys
 from pathlib import Path
 
+from convclip.command_line import add_local_rank, add_overrides, run
 from convclip.config import Recipe, UserError, load_recipe
 
 PRECISIONS = ("fp32", "bf16", "fp16")
@@ -27,8 +28,8 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--output", type=Path, required=True, help="the store; an unfinished one is gone on with")
     parser.add_argument("--precision", choices=PRECISIONS, default="fp32", help="that of the ds_config of the run")
     parser.add_argument("--verify", action="store_true", help="compute a sample of a finished store again and compare")
-    parser.add_argument("--set", dest="overrides", action="append", default=[], metavar="KEY=VALUE")
-    parser.add_argument("--local_rank", type=int, default=0, help=argparse.SUPPRESS)
+    add_overrides(parser)
+    add_local_rank(parser)
     return parser.parse_args()
 
 
@@ -62,21 +63,15 @@ def extract(recipe: Recipe, arguments: argparse.Namespace) -> None:
         print("\n".join(lines))
 
 
-def main() -> int:
-    """Exit code 0, or 2 with one line on a user's mistake."""
-    arguments = parse_arguments()
-    try:
-        data = f"data.train={json.dumps(arguments.train_data)}"
-        recipe = load_recipe(arguments.recipe, [*arguments.overrides, data])
-        if recipe.features.mode == "live":
-            # As a run that stores: views are the recipe's, or one.
-            recipe = load_recipe(arguments.recipe, [*arguments.overrides, data, "features.mode=fill"])
-        extract(recipe, arguments)
-    except UserError as error:
-        print(f"convclip: {error}", file=sys.stderr)
-        return 2
-    return 0
+def main(arguments: argparse.Namespace) -> None:
+    """Load the recipe as of a run that stores, and extract."""
+    data = f"data.train={json.dumps(arguments.train_data)}"
+    recipe = load_recipe(arguments.recipe, [*arguments.overrides, data])
+    if recipe.features.mode == "live":
+        # As a run that stores: views are the recipe's, or one.
+        recipe = load_recipe(arguments.recipe, [*arguments.overrides, data, "features.mode=fill"])
+    extract(recipe, arguments)
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(run("convclip", main, parse_arguments(), "; the same command goes on with what is missing"))

@@ -17,6 +17,7 @@ from pathlib import Path
 
 from tqdm import tqdm
 
+from convclip.command_line import run
 from convclip.data.coco import missing_files, read_coco
 from convclip.schema import UserError
 
@@ -48,17 +49,12 @@ def main() -> int:
     parser.add_argument("--annotations", type=Path, required=True, help="COCO captions file (.json or .json.gz)")
     parser.add_argument("--images", type=Path, required=True, help="folder of the image files")
     parser.add_argument("--output", type=Path, required=True, help="CSV file to write")
-    args = parser.parse_args()
-    try:
-        rows, images = make_coco_csv(args.annotations, args.images, args.output)
-    except UserError as error:
-        print(f"make_coco_csv: {error}", file=sys.stderr)
-        return 2
-    except KeyboardInterrupt:
-        print("make_coco_csv: interrupted, nothing was written", file=sys.stderr)
-        return 130
+    return run("make_coco_csv", make, parser.parse_args(), ", nothing was written")
+
+
+def make(args: argparse.Namespace) -> None:
+    rows, images = make_coco_csv(args.annotations, args.images, args.output)
     print(f"{args.output}: {rows} rows of {images} images")
-    return 0
 
 
 if __name__ == "__main__":

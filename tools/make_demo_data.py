@@ -22,6 +22,7 @@ from pathlib import Path
 from PIL import Image, ImageDraw
 from tqdm import tqdm
 
+from convclip.command_line import run
 from convclip.schema import UserError
 
 SHAPES = ("circle", "square", "triangle", "star", "cross", "ring", "heart", "moon")
@@ -228,21 +229,16 @@ def main() -> int:
     parser.add_argument("--val", type=int, default=240, help="val pictures")
     parser.add_argument("--size", type=int, default=64, help="side in pixels")
     parser.add_argument("--seed", type=int, default=0)
-    args = parser.parse_args()
+    return run("make_demo_data", make, parser.parse_args(), ", nothing was written")
+
+
+def make(args: argparse.Namespace) -> None:
+    if min(args.train, args.val) < 1 or not 16 <= args.size <= 1024:
+        raise UserError("--train and --val are at least 1 and --size is 16 to 1024")
     try:
-        if min(args.train, args.val) < 1 or not 16 <= args.size <= 1024:
-            raise UserError("--train and --val are at least 1 and --size is 16 to 1024")
         make_demo_data(args.output_dir, args.train, args.val, args.size, args.seed)
-    except UserError as error:
-        print(f"make_demo_data: {error}", file=sys.stderr)
-        return 2
     except OSError as error:
-        print(f"make_demo_data: {args.output_dir} cannot be written: {error}", file=sys.stderr)
-        return 2
-    except KeyboardInterrupt:
-        print("make_demo_data: interrupted, nothing was written", file=sys.stderr)
-        return 130
-    return 0
+        raise UserError(f"{args.output_dir} cannot be written: {error}") from None
 
 
 if __name__ == "__main__":

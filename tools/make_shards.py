@@ -18,6 +18,7 @@ import sys
 from functools import partial
 from pathlib import Path
 
+from convclip.command_line import run
 from convclip.data.coco import missing_files, read_coco
 from convclip.data.jpeg import QUALITY
 from convclip.data.shard_writer import image_members, reasons, skipped_entry, write_shards
@@ -76,11 +77,12 @@ def make_frame_store(args: argparse.Namespace) -> None:
         print(f"{name}: {reason}")
 
 
-def check_flags(args: argparse.Namespace) -> None:
-    """UserError where a flag that the kind needs is not there."""
+def make(args: argparse.Namespace) -> None:
+    """Write what --kind says; UserError where a flag that the kind needs is not there."""
     for name in {"image": ("annotations", "images", "split"), "video": ("videos", "split_csv")}[args.kind]:
         if getattr(args, name) is None:
             raise UserError(f"--{name} is needed with --kind {args.kind}")
+    (make_shards if args.kind == "image" else make_frame_store)(args)
 
 
 def main() -> int:
@@ -99,19 +101,8 @@ def main() -> int:
     parser.add_argument("--workers", type=int, default=os.cpu_count(), help="processes; default: one per core")
     parser.add_argument("--seed", type=int, default=0, help="of the shuffle of the samples")
     parser.add_argument("--skip_missing", action="store_true", help="go on without image files that are missing")
-    try:
-        args = parser.parse_args()
-        check_flags(args)
-        (make_shards if args.kind == "image" else make_frame_store)(args)
-    except UserError as error:
-        print(f"make_shards: {error}", file=sys.stderr)
-        return 2
-    except KeyboardInterrupt:
-        print(
-            "make_shards: interrupted; the same command goes on with the shards that are still missing", file=sys.stderr
-        )
-        return 130
-    return 0
+    interrupted = "; the same command goes on with the shards that are still missing"
+    return run("make_shards", make, parser.parse_args(), interrupted)
 
 
 if __name__ == "__main__":

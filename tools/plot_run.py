@@ -19,6 +19,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from convclip.command_line import run
 from convclip.schema import UserError
 
 if TYPE_CHECKING:
@@ -49,20 +50,19 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("run_folder", type=Path, help="the --output_dir of a run")
     parser.add_argument("--output", type=Path, help="picture to write, PNG (default: RUN_FOLDER/plot.png)")
     parser.add_argument("--html", action="store_true", help="write RUN_FOLDER/report/index.html as well")
-    options = parser.parse_args(arguments)
-    try:
-        run = read_run(options.run_folder)
-        picture = draw(run)
-        paths = [(options.output or options.run_folder / "plot.png", picture)]
-        if options.html:
-            paths.append((options.run_folder / "report" / "index.html", page(run, picture).encode()))
-        for path, content in paths:
-            write(path, content)
-            print(f"wrote {path}")
-    except UserError as error:
-        print(f"plot_run: {error}", file=sys.stderr)
-        return 2
-    return 0
+    return run("plot_run", plot, parser.parse_args(arguments))
+
+
+def plot(options: argparse.Namespace) -> None:
+    """Draw the run and say what was written."""
+    found = read_run(options.run_folder)
+    picture = draw(found)
+    paths = [(options.output or options.run_folder / "plot.png", picture)]
+    if options.html:
+        paths.append((options.run_folder / "report" / "index.html", page(found, picture).encode()))
+    for path, content in paths:
+        write(path, content)
+        print(f"wrote {path}")
 
 
 def read_run(folder: Path) -> Run:

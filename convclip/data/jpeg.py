@@ -22,7 +22,8 @@ from typing import NamedTuple
 
 from PIL import Image
 
-MAX_PIXELS = 64_000_000
+from convclip.schema import MAX_PIXELS
+
 MAX_BYTES = 256 * 1024 * 1024
 QUALITY = 95
 END_OF_IMAGE = b"\xff\xd9"

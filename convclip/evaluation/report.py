@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 from convclip.evaluation.retrieval import KS
@@ -12,14 +13,11 @@ WAYS = ("i2t", "t2i")
 def format_table(figures: dict[str, Any]) -> str:
     """Both protocols, each beside its chance level, as lines of text; `figures` is what `embedding.evaluate` gives."""
     images, texts = figures["images"], figures["texts"]
-    header = "".join(f"{f'{way} R@{k}':>11}" for way in ("I2T", "T2I") for k in KS)
-    lines = [
-        f"{images} images, {texts} captions, validation loss {figures['val_loss']:.4f}",
-        f"{'protocol':<18}{header}{'I2T med/mean':>16}{'T2I med/mean':>16}",
-    ]
+    lines = [f"{images} images, {texts} captions, validation loss {figures['val_loss']:.4f}"]
+    lines.append(header_line("protocol", WAYS, width=18))
     for protocol in ("standard", "rowwise"):
-        lines.append(_line(protocol, figures[protocol]))
-        lines.append(_line(f"{protocol} by chance", chance(protocol, images, texts)))
+        lines.append(figures_line(protocol, figures[protocol], WAYS, width=18))
+        lines.append(figures_line(f"{protocol} by chance", chance(protocol, images, texts), WAYS, width=18))
     lines.append(
         "rowwise counts an image once per caption, and only that caption is right. With five captions each, rowwise"
     )
@@ -44,18 +42,25 @@ def chance(protocol: str, images: int, texts: int) -> dict[str, float]:
     return {key: 100 * share for key, share in shares.items()} | {f"{way}_mean_rank": ranks[way] for way in WAYS}
 
 
+def header_line(first: str, ways: Sequence[str], width: int) -> str:
+    """The heads of the columns: `first` over `width` characters, then recalls and ranks of both `ways`."""
+    recalls = "".join(f"{f'{way.upper()} R@{k}':>11}" for way in ways for k in KS)
+    return f"{first:<{width}}{recalls}" + "".join(f"{f'{way.upper()} med/mean':>16}" for way in ways)
+
+
+def figures_line(name: str, figures: dict[str, float], ways: Sequence[str], width: int) -> str:
+    """One row below `header_line`; a median that is not among the figures is a dash."""
+    recalls = "".join(f"{figures[f'{way}_r{k}']:>11.2f}" for way in ways for k in KS)
+    ranks = ""
+    for way in ways:
+        median = figures.get(f"{way}_median_rank")
+        ranks += f"{'-' if median is None else f'{median:g}'} / {figures[f'{way}_mean_rank']:.1f}".rjust(16)
+    return f"{name:<{width}}{recalls}{ranks}"
+
+
 def _any_of(right: float, texts: int, k: int) -> float:
     """Probability that the first k of T texts in random order hold any of `right` ones."""
     none = 1.0
     for drawn in range(min(k, texts)):
         none *= max(0.0, texts - right - drawn) / (texts - drawn)
     return 1 - none
-
-
-def _line(name: str, figures: dict[str, float]) -> str:
-    recalls = "".join(f"{figures[f'{way}_r{k}']:>11.2f}" for way in WAYS for k in KS)
-    ranks = ""
-    for way in WAYS:
-        median = figures.get(f"{way}_median_rank")
-        ranks += f"{'-' if median is None else f'{median:.0f}'} / {figures[f'{way}_mean_rank']:.1f}".rjust(16)
-    return f"{name:<18}{recalls}{ranks}"

@@ -4,9 +4,10 @@ Shape legend: N images, T texts, R rows (pairs of one image and one text), D emb
 from 1. Scores are dot products: features normalised alike give cosine similarity.
 
 `standard` (CLIP_benchmark's): every image once, all its captions right; an item's rank is the number of strictly
-greater scores + 1, so ties do not count against it (nan, of a diverged model, does). `rowwise` (open_clip_train's):
-one row per caption, only row i right for row i, and of equal scores those that stand earlier count as better. The two
-are never comparable: see `report`.
+greater scores + 1, so ties do not count against it. `rowwise` (open_clip_train's): one row per caption, only row i
+right for row i, and of equal scores those that stand earlier count as better. The two are never comparable: see
+`report`. In both, nan (a diverged model) counts as greater than any score, and a right answer of score nan is last. An
+image is whatever stands on that side: videos are scored by `standard` too.
 """
 
 from __future__ import annotations
@@ -138,16 +139,16 @@ def _ranks(
         beats = (scores <= threshold).logical_not_()
         if ties_count:
             beats |= (scores == threshold) & (columns < place)
-        ranks[rows] = beats.sum(1, dtype=torch.int32).long()
+        # nan beats itself, too: the last of n columns is beaten by n - 1.
+        ranks[rows] = beats.sum(1, dtype=torch.int32).clamp_max_(len(columns) - 1).long()
     return ranks
 
 
 def _figures(image_to_text: Tensor, text_to_image: Tensor, ks: Sequence[int]) -> dict[str, float]:
-    """Recalls in percent and ranks from 1, of the numbers of better answers."""
+    """Recalls in percent and ranks from 1, of the numbers of better answers; a median of two is their mean."""
     figures = {}
     for way, better in (("i2t", image_to_text.double()), ("t2i", text_to_image.double())):
         figures |= {f"{way}_r{k}": 100 * (better < k).double().mean().item() for k in ks}
-        # open_clip's median: the lower of two middle ranks' mean.
-        figures[f"{way}_median_rank"] = better.quantile(0.5).floor().item() + 1
+        figures[f"{way}_median_rank"] = better.quantile(0.5).item() + 1
         figures[f"{way}_mean_rank"] = better.mean().item() + 1
     return figures

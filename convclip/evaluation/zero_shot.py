@@ -28,7 +28,7 @@ from convclip.data.tokenizers import Tokenizer
 from convclip.data.transforms import normalize
 from convclip.distributed import gather, is_main, rank, world_size
 from convclip.evaluation.embedding import Encode
-from convclip.schema import ImageTowerConfig, UserError
+from convclip.schema import MAX_PIXELS, ImageTowerConfig, UserError
 
 SUFFIXES = {".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff"}
 
@@ -82,7 +82,7 @@ def zero_shot_accuracy(
     dtype: torch.dtype,
     batch: int = 128,
     workers: int = 0,
-    max_pixels: int = 64_000_000,
+    max_pixels: int = MAX_PIXELS,
 ) -> dict[str, float]:
     """{"top1", "top5": percent, "images", "classes", "broken"}, the same on every rank; all ranks take part.
 

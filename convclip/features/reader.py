@@ -77,10 +77,6 @@ class FeatureStore:
         """Ids of the items that array `name` has a row for, in row order."""
         return decode_ids(self._items_of(name).values)
 
-    def has(self, name: str, ids: Ids) -> np.ndarray:
-        """Whether array `name` has a row, for each of `ids`: bool [n]."""
-        return self._items_of(name).find(ids) >= 0
-
     def read(self, name: str, ids: Ids) -> torch.Tensor:
         """Rows [n, *row_shape] of array `name`, in the order of `ids`, which may repeat.
 

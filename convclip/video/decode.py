@@ -15,10 +15,10 @@ import torch
 from PIL import Image
 
 from convclip.data.transforms import EvalTransform
+from convclip.schema import MAX_PIXELS
 
 FRAMES = 12
 MAX_SECONDS = 1800
-MAX_PIXELS = 64_000_000
 # Containers that are opened. Playlists (hls, concat, …) are not: they name other addresses, and FFmpeg waits for those.
 CONTAINERS = "mov,matroska,avi,mpegts,mpeg,flv,asf,ogg"
 # Timestamps are rounded to the container's clock; this much past a second still counts as on it.
@@ -70,15 +70,6 @@ def evenly(n: int, frames: int = FRAMES) -> list[int]:
     if n <= frames:
         return list(range(n))
     return np.linspace(0, n - 1, frames).astype(int).tolist()
-
-
-def pad_frames(frames: torch.Tensor, count: int = FRAMES) -> tuple[torch.Tensor, int]:
-    """uint8 [n, 3, S, S] -> ([count, 3, S, S] with zero frames behind, n). ValueError: more than count."""
-    if len(frames) > count:
-        raise ValueError(f"{len(frames)} frames do not fit into {count}")
-    padded = frames.new_zeros(count, *frames.shape[1:])
-    padded[: len(frames)] = frames
-    return padded, len(frames)
 
 
 def upright(frame: av.VideoFrame) -> Image.Image:

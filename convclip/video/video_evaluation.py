@@ -14,13 +14,12 @@ from convclip.data.transforms import normalize
 from convclip.distributed import gather_objects, is_main, rank, world_size
 from convclip.evaluation import report
 from convclip.evaluation.embedding import Encode, embed_rows
+from convclip.evaluation.retrieval import standard_recall
 from convclip.schema import ImageTowerConfig
 from convclip.video.clip_loader import VideoEvaluationSet
 from convclip.video.student import mean_pool
-from convclip.video.video_retrieval import video_retrieval
 
 WAYS = ("t2v", "v2t")
-KS = (1, 5, 10)
 NAMES = {"standard": "aggregation", "mean_pool": "zero-shot mean pool"}
 
 
@@ -59,27 +58,36 @@ def evaluate_videos(
     video_of_text = dataset.video_of_text.to(texts.device)
     figures = None
     if is_main():
-        figures = {"standard": video_retrieval(texts, aggregated, video_of_text), "videos": count, "texts": len(texts)}
+        figures = {"standard": video_recall(aggregated, texts, video_of_text), "videos": count, "texts": len(texts)}
         if zero_shot:
-            figures["mean_pool"] = video_retrieval(texts, pooled, video_of_text)
+            figures["mean_pool"] = video_recall(pooled, texts, video_of_text)
     # Scored once: ranks that share a machine's cores would only slow one another down.
     return gather_objects(figures)[0]
+
+
+def video_recall(video_features: Tensor, text_features: Tensor, video_of_text: Tensor) -> dict[str, float]:
+    """`standard_recall` of [V, D] and [C, D] under the names of videos: {t2v_r1 … v2t_mean_rank}.
+
+    video_of_text int64 [C]; ValueError where a video has no caption, as its split then is wrong.
+    """
+    described = len(video_of_text.unique())
+    if described != len(video_features):
+        raise ValueError(f"{len(video_features)} videos but captions of {described}: every video needs a caption")
+    return _named(standard_recall(video_features, text_features, video_of_text))
 
 
 def format_video_table(figures: dict[str, Any]) -> str:
     """Recalls, median and mean rank beside their chance level, as lines of text."""
     videos, texts = figures["videos"], figures["texts"]
-    header = "".join(f"{f'{way} R@{k}':>11}" for way in ("T2V", "V2T") for k in KS)
-    lines = [f"{videos} videos, {texts} captions", f"{'':<20}{header}{'T2V med/mean':>16}{'V2T med/mean':>16}"]
-    lines += [_line(name, figures[key]) for key, name in NAMES.items() if key in figures]
-    lines.append(_line("by chance", chance(videos, texts)))
+    lines = [f"{videos} videos, {texts} captions", report.header_line("", WAYS, width=20)]
+    rows = {name: figures[key] for key, name in NAMES.items() if key in figures} | {"by chance": chance(videos, texts)}
+    lines += [report.figures_line(name, row, WAYS, width=20) for name, row in rows.items()]
     return "\n".join(lines)
 
 
 def chance(videos: int, texts: int) -> dict[str, float]:
     """What random scores give on average, with the mean number of captions for every video."""
-    images = report.chance("standard", videos, texts)
-    return {key.replace("t2i", "t2v").replace("i2t", "v2t"): value for key, value in images.items()}
+    return _named(report.chance("standard", videos, texts))
 
 
 def start_is_lost(figures: dict[str, Any]) -> bool:
@@ -89,10 +97,7 @@ def start_is_lost(figures: dict[str, Any]) -> bool:
     return pooled > 1.5 * by_chance and started - by_chance < 0.7 * (pooled - by_chance)
 
 
-def _line(name: str, figures: dict[str, float]) -> str:
-    recalls = "".join(f"{figures[f'{way}_r{k}']:>11.2f}" for way in WAYS for k in KS)
-    ranks = ""
-    for way in WAYS:
-        median = figures.get(f"{way}_median_rank")
-        ranks += f"{'-' if median is None else f'{median:g}'} / {figures[f'{way}_mean_rank']:.1f}".rjust(16)
-    return f"{name:<20}{recalls}{ranks}"
+def _named(figures: dict[str, float]) -> dict[str, float]:
+    """Figures of images under the names of videos, captions first as in WAYS."""
+    renamed = {key.replace("t2i", "t2v").replace("i2t", "v2t"): value for key, value in figures.items()}
+    return dict(sorted(renamed.items(), key=lambda item: WAYS.index(item[0][:3])))

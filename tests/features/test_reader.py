@@ -59,8 +59,8 @@ def test_what_a_store_says_of_itself(path: Path) -> None:
     assert store.arrays == ARRAYS and "map" in store and "video" not in store
     assert {key: store.identity[key] for key in IDENTITY} == IDENTITY
     assert set(store.ids("eot")) == set(ITEMS["caption"]) and set(store.ids("map")) == set(ITEMS["image"])
-    assert store.has("map", [ITEMS["image"][4], 10**7, -1]).tolist() == [True, False, False]
     ids = store.ids("map")
+    assert ITEMS["image"][4] in ids and 10**7 not in ids and -1 not in ids
     assert store.rows("map", ids[::-1]).tolist() == list(range(len(ids)))[::-1]
 
 

@@ -164,4 +164,4 @@ def test_tool_exports_a_safetensors_file(tmp_path, recipe, capsys):
 def test_tool_prints_one_line_and_2_for_a_mistake(tmp_path, recipe, capsys):
     command = ["--checkpoint", "nowhere", "--recipe", str(recipe), "--output_dir", str(tmp_path / "out")]
     assert tool()(command) == 2
-    assert capsys.readouterr().err.startswith("error: nowhere: no such weight file")
+    assert capsys.readouterr().err.startswith("export_open_clip: nowhere: no such weight file")

@@ -11,7 +11,7 @@ import torch
 from PIL import Image
 
 from convclip.video import decode
-from convclip.video.decode import VideoError, evenly, pad_frames, read_clip
+from convclip.video.decode import VideoError, evenly, read_clip
 
 
 def write_video(path, times, width=64, height=48, clock=1000, audio_only=False):
@@ -89,13 +89,6 @@ def test_a_rotation_mark_turns_frames_upright(tmp_path):
     path.write_bytes(data[:place] + clockwise + data[place + len(straight) :])
     frame = read_clip(path, size=32).frames[0].float().mean(0)
     assert frame[:14].mean() < 30 and frame[18:].mean() > 225
-
-
-def test_padding_is_zero_frames_behind_the_real_ones():
-    frames, n = pad_frames(torch.full((3, 3, 4, 4), 9, dtype=torch.uint8), 5)
-    assert n == 3 and frames.shape == (5, 3, 4, 4) and (frames[:3] == 9).all() and (frames[3:] == 0).all()
-    with pytest.raises(ValueError, match="do not fit"):
-        pad_frames(torch.zeros(3, 3, 4, 4, dtype=torch.uint8), 2)
 
 
 def test_files_that_hold_no_video_say_why(tmp_path, monkeypatch):

@@ -1,0 +1,55 @@
+"""How every script ends: its own exit code, one line and 2 on a user's mistake, one line and 130 on Ctrl-C."""
+
+import argparse
+
+import pytest
+
+from convclip.command_line import add_local_rank, add_overrides, run
+from convclip.schema import UserError
+from tests.conftest import REPOSITORY
+
+# doctor tells of packages that are missing: it must start without them.
+SCRIPTS = [path for folder in ("launch", "tools") for path in sorted((REPOSITORY / folder).glob("*.py"))]
+SCRIPTS = [path for path in SCRIPTS if path.name != "doctor.py"]
+
+
+def raises(error):
+    def work(options):
+        raise error
+
+    return work
+
+
+@pytest.mark.parametrize(
+    ("work", "code", "line"),
+    [
+        (lambda options: None, 0, ""),
+        (lambda options: options.code, 1, ""),
+        (raises(UserError("x is wrong: do y")), 2, "tool: x is wrong: do y\n"),
+        (raises(KeyboardInterrupt()), 130, "tool: interrupted, nothing was written\n"),
+    ],
+)
+def test_exit_codes_and_their_line(work, code, line, capsys):
+    assert run("tool", work, argparse.Namespace(code=1), ", nothing was written") == code
+    assert capsys.readouterr() == ("", line)
+
+
+def test_what_is_no_users_mistake_is_not_hidden():
+    with pytest.raises(ZeroDivisionError):
+        run("tool", lambda options: 1 // 0, argparse.Namespace())
+
+
+def test_shared_flags():
+    parser = argparse.ArgumentParser()
+    add_overrides(parser)
+    add_local_rank(parser)
+    options = parser.parse_args(["--set", "a.b=1", "--local_rank=3", "--set", "c=2"])
+    assert options.overrides == ["a.b=1", "c=2"] and options.local_rank == 3
+    assert parser.parse_args([]).overrides == [] and "--local_rank" not in parser.format_help()
+
+
+@pytest.mark.parametrize("path", SCRIPTS, ids=lambda path: path.name)
+def test_no_script_ends_in_a_way_of_its_own(path):
+    text = path.read_text(encoding="utf-8")
+    assert "run(" in text and "from convclip.command_line import" in text
+    assert not [words for words in ("except UserError", "except KeyboardInterrupt", '"--set"') if words in text]
