@@ -8,11 +8,10 @@ deepspeed tools/extract_features.py --kind xclip --teacher pytorch_model.bin.4 -
 from __future__ import annotations
 
 import argparse
-import json
 import sys
 from pathlib import Path
 
-from convclip.config import Recipe, UserError, load_recipe
+from convclip.config import Recipe, UserError, load_recipe, with_flags
 
 PRECISIONS = ("fp32", "bf16", "fp16")
 
@@ -66,11 +65,11 @@ def main() -> int:
     """Exit code 0, or 2 with one line on a user's mistake."""
     arguments = parse_arguments()
     try:
-        data = f"data.train={json.dumps(arguments.train_data)}"
-        recipe = load_recipe(arguments.recipe, [*arguments.overrides, data])
+        overrides = with_flags(arguments.overrides, {"data.train": ("--train_data", arguments.train_data)})
+        recipe = load_recipe(arguments.recipe, overrides)
         if recipe.features.mode == "live":
             # As a run that stores: views are the recipe's, or one.
-            recipe = load_recipe(arguments.recipe, [*arguments.overrides, data, "features.mode=fill"])
+            recipe = load_recipe(arguments.recipe, [*overrides, "features.mode=fill"])
         extract(recipe, arguments)
     except UserError as error:
         print(f"convclip: {error}", file=sys.stderr)
