@@ -6,18 +6,21 @@ This module imports no torch: `--list_recipes` stays quick.
 from __future__ import annotations
 
 import difflib
-from collections.abc import Sequence
+import json
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import yaml
 from pydantic import ValidationError
 
+from convclip.documents import parse_yaml, read_text
 from convclip.schema import Recipe, Section, UserError
 
-__all__ = ["Recipe", "UserError", "list_recipes", "load_recipe"]
+__all__ = ["Recipe", "UserError", "first_problem", "list_recipes", "load_recipe", "nearest", "one_line", "with_flags"]
 
 RECIPE_FOLDER = Path(__file__).parent / "recipes"
+# Characters of a message: what a user gave is shown up to here.
+LONGEST_LINE = 400
 
 
 def list_recipes() -> list[str]:
@@ -28,104 +31,166 @@ def list_recipes() -> list[str]:
 def load_recipe(name_or_path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
     """Load a recipe by name (of `list_recipes()`) or path and apply `a.b=value` overrides.
 
-    Override values are YAML (`optim.lr=5e-4`, `data.train=null`, `freezing.unfreeze.0.epoch=1`). Errors: UserError
-    with one line that names the file or key and, for an unknown one, the nearest known.
+    Override values are YAML (`optim.lr=5e-4`, `data.train=null`, `freezing.unfreeze.0.epoch=1`). A part is set after
+    the section that holds it, in whatever order the two are given; of two for one key the last counts. Errors:
+    UserError with one line that names the file or key and, for an unknown one, the nearest known.
     """
     text, source, name = _read(str(name_or_path))
-    try:
-        values = yaml.safe_load(text)
-    except yaml.YAMLError as error:
-        raise UserError(f"{source}: not valid YAML: {' '.join(str(error).split())}") from None
+    values = parse_yaml(text, source)
     if not isinstance(values, dict):
         raise UserError(f"{source}: a recipe is a mapping of keys to values")
     values.setdefault("name", name)
-    values = _parse_numbers(values)
-    for override in overrides:
+    for override in sorted(overrides, key=lambda override: override.partition("=")[0].count(".")):
         _apply_override(values, override)
     try:
         return Recipe.model_validate(values)
     except ValidationError as error:
-        raise UserError(f"{source}: {_first_problem(error)}") from None
+        raise UserError(f"{source}: {first_problem(error, Recipe)}") from None
+
+
+def with_flags(overrides: Sequence[str], flags: Mapping[str, tuple[str, str | None]]) -> list[str]:
+    """The overrides and, behind them, the flags that stand for a key: {"data.train": ("--train_data", value or None)}.
+
+    Errors: UserError where a flag is empty, or an override says its key again.
+    """
+    given = []
+    for key, (flag, value) in flags.items():
+        if value is None:
+            continue
+        if not value:
+            raise UserError(f"{flag} is empty: name the data, or leave it out")
+        for override in overrides:
+            if _sets(override, key):
+                raise UserError(f"{flag} {value} and {_named(override)} both set {key}: give one of them")
+        given.append(f"{key}={json.dumps(value)}")
+    return [*overrides, *given]
+
+
+def first_problem(error: ValidationError, section: type[Section]) -> str:
+    """The first problem of a `section` as one line, with the nearest known key for an unknown one."""
+    problem = error.errors()[0]
+    place = [str(part) for part in problem["loc"] if part != "[key]"]
+    key = ".".join(place) if place else "recipe"
+    if problem["type"] == "extra_forbidden":
+        return one_line(
+            f"unknown key {key or repr(key)}{nearest(place[-1], _known_keys(section, problem['loc'][:-1]))}"
+        )
+    message, given = problem["msg"].removeprefix("Value error, "), problem["input"]
+    if problem["type"] == "model_type":
+        message = "it is a section, which has keys of its own"
+    if problem["type"] == "tuple_type":
+        message = "it is a list, as in [a, b]"
+    if problem["type"] != "value_error" and isinstance(given, str | int | float | None):
+        message += f", not {_shown(given)}"
+    if problem["type"] == "string_type" and isinstance(given, int | float):
+        message += ": write it in quotes"
+    more = f" (and {error.error_count() - 1} more)" if error.error_count() > 1 else ""
+    return one_line(f"{key}: {message}{more}")
+
+
+def nearest(name: str, known: Sequence[str]) -> str:
+    """`, did you mean …?` for a name that is close to a known one, else nothing."""
+    close = difflib.get_close_matches(name[:100], known, n=1, cutoff=0.5)
+    return f", did you mean {close[0]!r}?" if close else ""
+
+
+def one_line(message: str) -> str:
+    """The message on one line of a bearable length."""
+    message = " ".join(message.split())
+    return message if len(message) <= LONGEST_LINE else f"{message[:LONGEST_LINE]} …"
 
 
 def _read(name_or_path: str) -> tuple[str, str, str]:
     """(text, source for messages, recipe name)."""
-    path = Path(name_or_path)
+    path, known = Path(name_or_path), list_recipes()
     if path.suffix in (".yaml", ".yml"):
-        try:
-            return path.read_text(encoding="utf-8"), str(path), path.stem
-        except (OSError, UnicodeDecodeError) as error:
-            raise UserError(f"recipe file {path} cannot be read: {error}") from None
-    if name_or_path not in list_recipes():
-        known = list_recipes()
-        raise UserError(f"unknown recipe {name_or_path!r}{_nearest(name_or_path, known)}; known: {', '.join(known)}")
-    return (RECIPE_FOLDER / f"{name_or_path}.yaml").read_text(encoding="utf-8"), f"recipe {name_or_path}", name_or_path
+        return read_text(path, f"recipe file {path}"), str(path), path.stem
+    if name_or_path not in known:
+        names = f"known: {', '.join(known)}, or a file that ends in .yaml"
+        raise UserError(one_line(f"unknown recipe {name_or_path!r}{nearest(name_or_path, known)}; {names}"))
+    path = RECIPE_FOLDER / f"{name_or_path}.yaml"
+    return read_text(path, f"recipe file {path}"), f"recipe {name_or_path}", name_or_path
 
 
-def _parse_numbers(value: Any) -> Any:
-    """YAML 1.1 reads `5e-4` as a string; people write it as a number."""
-    if isinstance(value, dict):
-        return {key: _parse_numbers(item) for key, item in value.items()}
-    if isinstance(value, list):
-        return [_parse_numbers(item) for item in value]
-    if isinstance(value, str) and value[:1] in "0123456789.-+":
-        try:
-            return float(value) if "e" in value.lower() else value
-        except ValueError:
-            return value
-    return value
+def _named(override: str) -> str:
+    """An override as messages name it."""
+    return f"--set {one_line(override[:100])}{' …' if len(override) > 100 else ''}"
+
+
+def _sets(override: str, key: str) -> bool:
+    """Whether an override gives `key` a value, by its name or within the section that holds it."""
+    name, _, text = override.partition("=")
+    section, _, field = key.rpartition(".")
+    if name != section:
+        return name == key
+    value = parse_yaml(text, _named(override))
+    return isinstance(value, dict) and field in value
 
 
 def _apply_override(values: dict[str, Any], override: str) -> None:
     key, sign, text = override.partition("=")
     if not sign or not key:
-        raise UserError(f"--set {override}: write it as key=value, as in --set optim.lr=5e-4")
-    try:
-        value = _parse_numbers(yaml.safe_load(text))
-    except yaml.YAMLError:
-        raise UserError(f"--set {override}: the value is not valid YAML") from None
+        raise UserError(f"{_named(override)}: write it as key=value, as in --set optim.lr=5e-4")
+    value = parse_yaml(text, _named(override))
+    if value is None and text.strip().startswith("#"):
+        raise UserError(f"{_named(override)}: YAML reads the value as a comment, put it in quotes")
     *parents, last = key.split(".")
     node: Any = values
-    for part in parents:
+    for depth, part in enumerate(parents):
         if isinstance(node, list):
             node = _list_item(node, part, override)
             continue
         if node.get(part) is None:
             node[part] = {}
+        node[part] = _long_form(parents[: depth + 1], node[part])
         node = node[part]
         if not isinstance(node, dict | list):
-            raise UserError(f"--set {override}: {part} is a single value, it has no parts")
+            raise UserError(f"{_named(override)}: {part} is a single value, it has no parts")
     if isinstance(node, list):
         _list_item(node, last, override)
         node[int(last)] = value
-    else:
-        node[last] = value
+        return
+    # The short form of a section, which is one word, leaves alone what it does not speak of.
+    long, before = _long_form(key.split("."), value), _long_form(key.split("."), node.get(last))
+    merges = long is not value and isinstance(before, dict)
+    node[last] = {**before, **long} if merges else long
+
+
+def _long_form(place: Sequence[str], value: Any) -> Any:
+    """The value of the section at `place`, should there be one, in its long form."""
+    section = _section_at(Recipe, place)
+    return value if section is None else section.long_form(value)
 
 
 def _list_item(items: list[Any], index: str, override: str) -> Any:
-    if not index.isdecimal() or int(index) >= len(items):
-        raise UserError(f"--set {override}: {index} is not an index of a list of {len(items)}")
+    if not (index.isascii() and index.isdecimal()) or len(index) > 9 or int(index) >= len(items):
+        raise UserError(f"{_named(override)}: {index[:20]} is not an index of a list of {len(items)}")
     return items[int(index)]
 
 
-def _first_problem(error: ValidationError) -> str:
-    """The first validation problem as one line, with the nearest known key for an unknown one."""
-    problem = error.errors()[0]
-    place = [str(part) for part in problem["loc"] if part != "[key]"]
-    key = ".".join(place) or "recipe"
-    if problem["type"] == "extra_forbidden":
-        return f"unknown key {key}{_nearest(place[-1], _known_keys(problem['loc'][:-1]))}"
-    more = f" (and {error.error_count() - 1} more)" if error.error_count() > 1 else ""
-    return f"{key}: {problem['msg'].removeprefix('Value error, ')}{more}"
+def _shown(value: Any) -> str:
+    """A value as a message shows it: as YAML has it, and not whole where it is long."""
+    text = {None: "null", True: "true", False: "false"}[value] if value is None or isinstance(value, bool) else ""
+    if not text:
+        text = repr(value) if not isinstance(value, int) or abs(value) < 10**30 else "an integer of more than 30 digits"
+    return text if len(text) <= 80 else f"{text[:80]} …"
 
 
-def _known_keys(place: Sequence[int | str]) -> list[str]:
-    """Field names of the section at `place` in a recipe."""
-    section: Any = Recipe
+def _known_keys(section: type[Section], place: Sequence[int | str]) -> list[str]:
+    """Field names of the section at `place` in `section`."""
+    found = _section_at(section, [part for part in place if isinstance(part, str)])
+    return [] if found is None else [field.alias or name for name, field in found.model_fields.items()]
+
+
+def _section_at(section: type[Section], place: Sequence[str]) -> type[Section] | None:
+    """The class of the section at `place` (`model`, `image`) in `section`; None where there is none."""
+    found: Any = section
     for part in place:
-        if isinstance(part, str):
-            section = _section_of(section.model_fields[part].annotation)
-    return [field.alias or name for name, field in section.model_fields.items()]
+        field = found.model_fields.get(part)
+        found = None if field is None else _section_of(field.annotation)
+        if found is None:
+            return None
+    return found
 
 
 def _section_of(annotation: Any) -> Any:
@@ -137,8 +202,3 @@ def _section_of(annotation: Any) -> Any:
         if found is not None:
             return found
     return None
-
-
-def _nearest(name: str, known: Sequence[str]) -> str:
-    close = difflib.get_close_matches(name, known, n=1, cutoff=0.5)
-    return f", did you mean {close[0]!r}?" if close else ""

@@ -19,7 +19,7 @@ from convclip.video.video_task import VideoTask
 
 def open_task(recipe: Recipe) -> Task:
     """The kind of training that `recipe` asks for: the one place where image-text and video part ways."""
-    return ImageTextTask(recipe) if recipe.video is None else VideoTask(recipe)
+    return VideoTask(recipe) if recipe.task == "video" else ImageTextTask(recipe)
 
 
 def plan_recipe(recipe: Recipe, ds_config: Mapping[str, Any] | None = None, world: int = 1) -> dict[str, Any]:

@@ -9,7 +9,7 @@ import sys
 from pathlib import Path
 
 from convclip.command_line import add_local_rank, add_overrides, run
-from convclip.config import Recipe, UserError, list_recipes, load_recipe
+from convclip.config import Recipe, UserError, list_recipes, load_recipe, with_flags
 
 
 def parse_arguments() -> argparse.Namespace:
@@ -19,15 +19,25 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--ds_config", help="DeepSpeed configuration (JSON): ZeRO, precision, offload")
     parser.add_argument("--train_data", help="training shards ('train-{000000..000117}.tar') or a CSV file")
     parser.add_argument("--val_data", help="evaluation shards or a CSV file; without it nothing is evaluated")
-    parser.add_argument("--output_dir", type=Path, help="the run's folder")
+    parser.add_argument("--output_dir", help="the run's folder")
     parser.add_argument("--resume", default="never", help="never (default), auto, or the path of a checkpoint")
     add_overrides(parser)
     parser.add_argument("--list_recipes", action="store_true", help="print the recipes and stop")
     parser.add_argument("--plan", action="store_true", help="print what the recipe will do and stop")
     parser.add_argument("--json", action="store_true", help="with --plan: as one JSON object")
-    parser.add_argument("--plot", type=Path, metavar="PNG", help="with --plan: draw the learning rates")
+    parser.add_argument("--plot", metavar="FILE", help="with --plan: draw the learning rates (.png, .pdf or .svg)")
     add_local_rank(parser)
     return parser.parse_args()
+
+
+def check_arguments(arguments: argparse.Namespace) -> None:
+    """Refuse flags that are empty, as an unset variable of a shell leaves them, or that nothing would read."""
+    for flag in ("recipe", "ds_config", "train_data", "val_data", "output_dir", "resume", "plot"):
+        if getattr(arguments, flag) == "":
+            raise UserError(f"--{flag} is empty: give it a value, or leave it out")
+    for flag in ("json", "plot"):
+        if getattr(arguments, flag) and not arguments.plan:
+            raise UserError(f"--{flag} goes with --plan: add it, or leave --{flag} out")
 
 
 def print_recipes() -> None:
@@ -36,20 +46,22 @@ def print_recipes() -> None:
         print(f"{name:<32} {load_recipe(name).description}")
 
 
-def print_plan(recipe: Recipe, ds_config: str | None, as_json: bool, plot: Path | None) -> None:
+def print_plan(recipe: Recipe, ds_config: str | None, as_json: bool, plot: str | None) -> None:
     """The plan, on a meta device: no data, no weights, no process group."""
-    from convclip.engine.plan.plan import format_plan, plot_plan
-    from convclip.run import plan_recipe
-
     config = None
     if ds_config is not None:
         from convclip.engine.zero.ds_config import load_ds_config
 
         config = load_ds_config(ds_config)
+    from convclip.engine.plan.plan import check_plot_path, format_plan, plot_plan
+    from convclip.run import plan_recipe
+
+    if plot is not None:
+        check_plot_path(Path(plot))
     plan = plan_recipe(recipe, config, int(os.environ.get("WORLD_SIZE", "1")))
     print(json.dumps(plan) if as_json else format_plan(plan))
     if plot is not None:
-        plot_plan(plan, plot)
+        plot_plan(plan, Path(plot))
 
 
 def train(recipe: Recipe, arguments: argparse.Namespace) -> None:
@@ -61,19 +73,19 @@ def train(recipe: Recipe, arguments: argparse.Namespace) -> None:
     from convclip.run import train_recipe
 
     start_processes()
-    train_recipe(recipe, arguments.ds_config, arguments.output_dir, arguments.resume)
+    train_recipe(recipe, arguments.ds_config, Path(arguments.output_dir), arguments.resume)
 
 
 def main(arguments: argparse.Namespace) -> None:
     """Print the recipes, print a plan, or train."""
+    check_arguments(arguments)
     if arguments.list_recipes:
         print_recipes()
         return
     if arguments.recipe is None:
         raise UserError(f"--recipe is needed, one of: {', '.join(list_recipes())}, or a YAML file")
-    data = {"data.train": arguments.train_data, "data.val": arguments.val_data}
-    given = [f"{key}={json.dumps(value)}" for key, value in data.items() if value is not None]
-    recipe = load_recipe(arguments.recipe, [*arguments.overrides, *given])
+    data = {"data.train": ("--train_data", arguments.train_data), "data.val": ("--val_data", arguments.val_data)}
+    recipe = load_recipe(arguments.recipe, with_flags(arguments.overrides, data))
     if arguments.plan:
         print_plan(recipe, arguments.ds_config, arguments.json, arguments.plot)
     else:

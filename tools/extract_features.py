@@ -8,12 +8,11 @@ deepspeed tools/extract_features.py --kind xclip --teacher pytorch_model.bin.4 -
 from __future__ import annotations
 
 import argparse
-import json
 import sys
 from pathlib import Path
 
 from convclip.command_line import add_local_rank, add_overrides, run
-from convclip.config import Recipe, UserError, load_recipe
+from convclip.config import Recipe, UserError, load_recipe, with_flags
 
 PRECISIONS = ("fp32", "bf16", "fp16")
 
@@ -65,11 +64,11 @@ def extract(recipe: Recipe, arguments: argparse.Namespace) -> None:
 
 def main(arguments: argparse.Namespace) -> None:
     """Load the recipe as of a run that stores, and extract."""
-    data = f"data.train={json.dumps(arguments.train_data)}"
-    recipe = load_recipe(arguments.recipe, [*arguments.overrides, data])
+    overrides = with_flags(arguments.overrides, {"data.train": ("--train_data", arguments.train_data)})
+    recipe = load_recipe(arguments.recipe, overrides)
     if recipe.features.mode == "live":
         # As a run that stores: views are the recipe's, or one.
-        recipe = load_recipe(arguments.recipe, [*arguments.overrides, data, "features.mode=fill"])
+        recipe = load_recipe(arguments.recipe, [*overrides, "features.mode=fill"])
     extract(recipe, arguments)
 
 

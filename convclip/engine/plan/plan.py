@@ -15,13 +15,14 @@ import torch
 from convclip.config import UserError
 from convclip.engine.plan.memory import format_memory, plan_memory
 from convclip.engine.stages.groups import Stage, describe_amount, event_starts, reached_stages, training_stages
-from convclip.engine.stages.schedule import LearningRates, peak_lr, warmup_steps
+from convclip.engine.stages.schedule import LearningRates, peak_lr, shortened_warmups, warmup_steps
 from convclip.engine.stored.frozen import storable
 from convclip.engine.task import Task
 from convclip.models.layer_groups import parameter_counts
 from convclip.schema import Recipe, Unfreeze
 
 CURVE_POINTS = 400
+PICTURES = (".png", ".pdf", ".svg")
 
 
 def make_plan(task: Task, ds_config: Mapping[str, Any] | None = None, world: int = 1) -> dict[str, Any]:
@@ -30,11 +31,11 @@ def make_plan(task: Task, ds_config: Mapping[str, Any] | None = None, world: int
     Memory is that of a rank under `ds_config` (None: ZeRO stage 2 in bf16) in a run of `world` ranks.
     """
     recipe = task.recipe
+    steps_per_epoch = _steps_per_epoch(recipe)
     with torch.device("meta"):
         model = task.build_model()
     sizes = {name: parameter.numel() for name, parameter in model.named_parameters()}
     stages = training_stages(model, recipe)
-    steps_per_epoch = _steps_per_epoch(recipe)
     total = _total_steps(recipe, steps_per_epoch)
     reached = reached_stages(model, recipe, steps_per_epoch)
     plan = {
@@ -63,7 +64,7 @@ def make_plan(task: Task, ds_config: Mapping[str, Any] | None = None, world: int
             }
             for stage in reached
         ],
-        "notes": _notes(recipe, stages, reached),
+        "notes": _notes(recipe, stages, reached, steps_per_epoch, total),
     }
     known = task.estimates_memory
     plan["memory"] = plan_memory(model, recipe, reached, ds_config, world) if known else None
@@ -77,9 +78,11 @@ def format_plan(plan: dict[str, Any]) -> str:
     lines = [f"recipe {plan['recipe']}: {plan['epochs']} epochs, global batch {plan['global_batch']}"]
     lines += [f"  {line}" for line in plan["batch"]]
     if plan["total_steps"]:
+        peak, warmup = f"{plan['peak_lr']:g}", plan["warmup_steps"]
+        rises = f"lr rises to {peak} over {warmup} steps" if warmup else f"lr starts at {peak}"
         lines.append(
             f"  {plan['steps_per_epoch']} steps per epoch, {plan['total_steps']} in all; "
-            f"lr rises to {plan['peak_lr']:g} over {plan['warmup_steps']} steps, then follows a cosine to 0"
+            f"{rises}, then follows a cosine to 0"
         )
     else:
         lines.append("  steps per epoch: known once the data is (set rows_per_epoch to see the lr curve)")
@@ -101,7 +104,11 @@ def format_plan(plan: dict[str, Any]) -> str:
 
 
 def plot_plan(plan: dict[str, Any], path: Path) -> None:
-    """Draw the lr of every group over the steps as a PNG (needs the `report` extra)."""
+    """Draw the lr of every group over the steps as a PNG, PDF or SVG, by the path's suffix (needs the `report` extra).
+
+    Errors: UserError where the path cannot be written, or nothing is known to draw.
+    """
+    check_plot_path(path)
     try:
         import matplotlib
 
@@ -124,25 +131,48 @@ def plot_plan(plan: dict[str, Any], path: Path) -> None:
     axes.set(xlabel="step", ylabel="learning rate", yscale="log", title=f"{plan['recipe']}: lr of each group")
     axes.legend(fontsize="small")
     part = path.with_name(path.name + ".part")
-    figure.savefig(part, format="png", dpi=130)
-    os.replace(part, path)
+    try:
+        figure.savefig(part, format=path.suffix.lower().removeprefix("."), dpi=130)
+        os.replace(part, path)
+    except OSError as error:
+        part.unlink(missing_ok=True)
+        raise UserError(f"--plot {path} cannot be written: {error.strerror or error}") from None
+
+
+def check_plot_path(path: Path) -> None:
+    """Refuse, before any work, a picture that could not be written. Errors: UserError."""
+    if path.suffix.lower() not in PICTURES:
+        raise UserError(f"--plot {path}: name a file that ends in {', '.join(PICTURES)}")
+    if not path.parent.is_dir():
+        raise UserError(f"--plot {path}: there is no folder {path.parent}, make it first")
+    if path.is_dir():
+        raise UserError(f"--plot {path}: it is a folder, name a file")
 
 
 def _batch_arithmetic(recipe: Recipe) -> list[str]:
-    lines = []
+    lines, chunked = [], recipe.batch.micro is not None
     for world in (1, 2, 4, 8):
         try:
             micro, count = recipe.batch.per_rank(world)
         except UserError:
             continue
-        lines.append(
-            f"micro batch {micro} x accumulation {count} x world {world} = global batch {micro * count * world}"
-        )
+        split = f"micro batch {micro} x {count} chunks" if chunked else f"micro batch {micro} x accumulation {count}"
+        whole = ", with one loss" if chunked else ""
+        lines.append(f"{split} x world {world} = global batch {micro * count * world}{whole}")
     return lines
 
 
 def _steps_per_epoch(recipe: Recipe) -> int | None:
-    return recipe.rows_per_epoch // recipe.batch.global_ if recipe.rows_per_epoch else None
+    """None where rows_per_epoch is not set. UserError where an epoch has no step."""
+    rows, batch = recipe.rows_per_epoch, recipe.batch.global_
+    if rows is None:
+        return None
+    if rows < batch:
+        raise UserError(
+            f"recipe {recipe.name}: rows_per_epoch {rows:,} / batch.global {batch:,} = 0 steps per epoch: lower "
+            "batch.global, or set rows_per_epoch to the rows of your data"
+        )
+    return rows // batch
 
 
 def _total_steps(recipe: Recipe, steps_per_epoch: int | None) -> int | None:
@@ -160,13 +190,25 @@ def _describe(event: Unfreeze) -> str:
     return f"{event.tower} {describe_amount(event)} at {when}"
 
 
-def _notes(recipe: Recipe, stages: list[Stage], reached: list[Stage]) -> list[str]:
-    return [
-        f"unfreezing {_describe(event)} is never reached: the last epoch is {recipe.epochs - 1}"
+def _notes(
+    recipe: Recipe, stages: list[Stage], reached: list[Stage], steps_per_epoch: int | None, total: int | None
+) -> list[str]:
+    """What the recipe asks for and will not get as it stands there."""
+    last = f"the last epoch is {recipe.epochs - 1}"
+    if total and steps_per_epoch and total < steps_per_epoch * recipe.epochs:
+        last = f"the run ends after {total} steps"
+    notes = [
+        f"unfreezing {_describe(event)} is never reached: {last}"
         for stage in stages
         if stage not in reached
         for event in stage.events
     ]
+    if steps_per_epoch and total:
+        starts: Mapping[str, int] = event_starts(reached, steps_per_epoch)
+        notes += shortened_warmups(recipe, total, starts)
+    elif recipe.max_steps:
+        notes += shortened_warmups(recipe, recipe.max_steps, {})
+    return notes
 
 
 def _lr_curve(recipe: Recipe, stages: list[Stage], steps_per_epoch: int, total: int) -> dict[str, Any]:

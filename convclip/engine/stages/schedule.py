@@ -8,6 +8,9 @@ from typing import Any
 
 from convclip.schema import Recipe
 
+# A warm-up that would not end is shortened to one part in so many of the steps there are.
+SHORTENED = 10
+
 
 def peak_lr(recipe: Recipe) -> float:
     """The recipe's lr after scaling with the global batch (Goyal et al. 2017: linear; Krizhevsky 2014: square root)."""
@@ -15,9 +18,42 @@ def peak_lr(recipe: Recipe) -> float:
     return recipe.optim.lr * {"none": 1.0, "linear": ratio, "sqrt": math.sqrt(ratio)}[recipe.optim.scale_lr_with_batch]
 
 
-def warmup_steps(recipe: Recipe, total_steps: int) -> int:
-    """Warm-up length: `warmup_steps`, or `warmup_share` of all steps where that is 0."""
+def asked_warmup(recipe: Recipe, total_steps: int) -> int:
+    """Warm-up length by the recipe: `warmup_steps`, or `warmup_share` of all steps where that is 0."""
     return recipe.optim.warmup_steps or round(recipe.optim.warmup_share * total_steps)
+
+
+def fitted_warmup(asked: int, steps: int) -> int:
+    """`asked` where a warm-up of that length ends within `steps` steps, else a tenth of them, at least 1.
+
+    Without the rule a short try of a long recipe would end at a small share of its lr, and look like a bad recipe.
+    """
+    return asked if asked < steps else min(asked, max(1, steps // SHORTENED))
+
+
+def warmup_steps(recipe: Recipe, total_steps: int) -> int:
+    """Steps of the warm-up in a run of `total_steps`; the last of them has the peak lr."""
+    return fitted_warmup(asked_warmup(recipe, total_steps), total_steps)
+
+
+def shortened_warmups(recipe: Recipe, total_steps: int, starts: Mapping[str, int]) -> list[str]:
+    """What the rule of `fitted_warmup` changes in a run, one line each; `starts` as in LearningRates."""
+    lines = []
+    asked, taken = asked_warmup(recipe, total_steps), warmup_steps(recipe, total_steps)
+    if taken < asked:
+        lines.append(
+            f"the warm-up of {asked} steps would not end within the run's {total_steps}: it takes {taken}, a tenth of "
+            "them; set optim.warmup_steps to choose"
+        )
+    asked = recipe.freezing.new_warmup_steps
+    for start in sorted({start for start in starts.values() if start < total_steps}):
+        left = total_steps - start
+        if fitted_warmup(asked, left) < asked:
+            lines.append(
+                f"the warm-up of {asked} steps of what opens at step {start} would not end within the {left} steps "
+                f"left: it takes {fitted_warmup(asked, left)}, a tenth of them; set freezing.new_warmup_steps to choose"
+            )
+    return lines
 
 
 def lr_at(step: int, total_steps: int, warmup: int, peak: float) -> float:
@@ -51,13 +87,16 @@ class LearningRates:
         lr = lr_at(step, self.total_steps, self.warmup, self.peak) * lr_scale
         if name not in self.starts:
             return lr
-        return lr * group_warmup(step, self.starts[name], self.recipe.freezing.new_warmup_steps)
+        start = self.starts[name]
+        length = fitted_warmup(self.recipe.freezing.new_warmup_steps, self.total_steps - start)
+        return lr * group_warmup(step, start, length)
 
     def describe(self) -> str:
-        """The peak and where it comes from, in one line."""
+        """The peak, where it comes from and when it is reached, in one line."""
         optim, batch = self.recipe.optim, self.recipe.batch.global_
         root = "the square root of " if optim.scale_lr_with_batch == "sqrt" else ""
         scaled = f" = {optim.lr:g} x {root}(global batch {batch} / {optim.reference_batch})"
         if optim.scale_lr_with_batch == "none":
             scaled = ""
-        return f"peak lr {self.peak:g}{scaled}, {self.warmup} warm-up steps"
+        shortened = shortened_warmups(self.recipe, self.total_steps, self.starts)
+        return "; ".join([f"peak lr {self.peak:g}{scaled}, {self.warmup} warm-up steps", *shortened])

@@ -9,6 +9,7 @@ import sys
 import pytest
 
 from convclip.config import UserError, list_recipes, load_recipe
+from convclip.engine.plan.plan import format_plan
 from convclip.run import plan_recipe
 from tests.conftest import REPOSITORY
 
@@ -103,6 +104,34 @@ def test_two_events_in_one_epoch_are_one_stage_with_two_groups():
     assert stage["trainable"]["visual"] == 17_692_160
     assert stage["trainable"]["text"] == GPT2_SIX_LAYERS
     assert {"text.event0.decay", "image.event1.decay"} <= {group["name"] for group in stage["groups"]}
+
+
+def test_a_warm_up_longer_than_the_run_is_shortened_and_said():
+    plan = plan_recipe(load_recipe("base_absattn_3stage", ["max_steps=50"]))
+    assert (plan["total_steps"], plan["warmup_steps"]) == (50, 5)
+    assert max(plan["lr_curve"]["lr"]["image.decay"]) == plan["peak_lr"] == 2e-5
+    assert plan["lr_curve"]["lr"]["image.decay"].index(2e-5) == 4
+    assert any("of 1000 steps would not end within the run's 50: it takes 5" in note for note in plan["notes"])
+    assert any("image last 2 groups at epoch 3 is never reached: the run ends after 50" in n for n in plan["notes"])
+    assert "50 in all; lr rises to 2e-05 over 5 steps, then follows a cosine to 0" in format_plan(plan)
+
+
+def test_a_run_of_unknown_length_says_what_its_limit_does_to_the_warm_up():
+    plan = plan_recipe(load_recipe("demo", ["rows_per_epoch=null", "max_steps=50", "optim.warmup_steps=60"]))
+    assert plan["total_steps"] is None and "it takes 5" in " ".join(plan["notes"])
+
+
+def test_a_batch_above_the_rows_is_refused_with_the_arithmetic():
+    with pytest.raises(UserError, match=r"rows_per_epoch 10,000 / batch\.global 10,001 = 0 steps per epoch"):
+        plan_recipe(load_recipe("demo", ["batch.global=10001"]))
+    assert plan_recipe(load_recipe("demo", ["batch.global=10000"]))["steps_per_epoch"] == 1
+
+
+def test_a_chunked_plan_speaks_of_chunks():
+    plan = plan_recipe(load_recipe("demo", ["batch.micro=32"]))
+    assert plan["batch"][0] == "micro batch 32 x 4 chunks x world 1 = global batch 128, with one loss"
+    assert "accumulation" not in format_plan(plan)
+    assert "accumulation 4" in format_plan(plan_recipe(load_recipe("demo", ["batch.accumulation=4"])))
 
 
 def _train(*arguments: str) -> subprocess.CompletedProcess:

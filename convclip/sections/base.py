@@ -1,0 +1,46 @@
+"""What every section of a recipe is made of, and the error that users see. Imports no torch."""
+
+from __future__ import annotations
+
+from typing import Annotated, Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, model_validator
+
+
+class UserError(Exception):
+    """A mistake of the user's: launch and tool scripts print its one line and exit with code 2."""
+
+
+# Largest picture or video frame that is decoded, width x height by its header: decoded it is 192 MB.
+MAX_PIXELS = 64_000_000
+
+Positive = Annotated[float, Field(gt=0)]
+Decay = Annotated[float, Field(ge=0, lt=1)]
+Weight = Annotated[float, Field(ge=0)]
+# Bounds that no machine reaches: what is larger is a slip of the keyboard, and would only fail later.
+Width = Annotated[int, Field(gt=0, le=2**16)]
+Depth = Annotated[int, Field(gt=0, le=1000)]
+Count = Annotated[int, Field(gt=0, le=10**9)]
+Steps = Annotated[int, Field(ge=0, le=10**12)]
+Part = Literal["image", "text", "temporal", "aggregation", "logit_scale", "logit_bias"]
+
+
+class Section(BaseModel):
+    """A part of a recipe: unknown keys are refused, types are strict, and values cannot change after loading.
+
+    Strict: `true` is no number, "3" no integer and 1 no boolean. A list is what YAML and JSON have for a tuple.
+    """
+
+    model_config = ConfigDict(extra="forbid", frozen=True, populate_by_name=True, allow_inf_nan=False, strict=True)
+
+    @model_validator(mode="before")
+    @classmethod
+    def _lists_are_tuples(cls, values: Any) -> Any:
+        if isinstance(values, dict):
+            return {key: tuple(value) if isinstance(value, list) else value for key, value in values.items()}
+        return values
+
+    @classmethod
+    def long_form(cls, values: Any) -> Any:
+        """A section that can be written in short, as one word, in its long form."""
+        return values
