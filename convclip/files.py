@@ -153,7 +153,7 @@ class Lock:
         program = Path(sys.argv[0]).stem or "python"
         with contextlib.suppress(OSError):  # On a full disk the lock holds without a name on it.
             os.ftruncate(file, 0)
-            os.pwrite(file, f"{program}, host {socket.gethostname()}, pid {os.getpid()}, since {since}".encode(), 0)
+            os.write(file, f"{program}, host {socket.gethostname()}, pid {os.getpid()}, since {since}".encode())
         self._file, self._key = file, key
         _held.add(key)
         return self

@@ -197,6 +197,8 @@ def remove_old(run_folder: Path, keep_last: int) -> None:
     folder = run_folder / "checkpoints"
     for stale in folder.glob("step-*.part"):
         shutil.rmtree(stale, ignore_errors=True)
+    for stale in folder.glob("locked.safetensors.*part"):
+        stale.unlink(missing_ok=True)
     kept = {(run_folder / p).read_text().strip() for p in ("best", "latest") if (run_folder / p).is_file()}
     for path in sorted(folder.glob("step-*"))[:-keep_last]:
         if str(path.relative_to(run_folder)) not in kept:
