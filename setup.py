@@ -20,7 +20,6 @@ setup(
         "safetensors",
         "webdataset",
         "braceexpand",
-        "filelock",
         "h5py",
         "pyyaml",
         "pydantic>=2",

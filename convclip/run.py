@@ -13,7 +13,8 @@ from convclip.distributed import barrier, is_main, world_size
 from convclip.engine.meters import logger
 from convclip.engine.plan.plan import make_plan
 from convclip.engine.task import ImageTextTask, Task
-from convclip.schema import Recipe, UserError
+from convclip.files import write_text, writing
+from convclip.schema import Recipe
 from convclip.video.video_task import VideoTask
 
 
@@ -73,7 +74,7 @@ def evaluate_checkpoint(
     Any ZeRO stage and world size may have trained it. `zero_shot` is a folder of classnames.txt, templates.txt and a
     sub-folder of pictures for each class. Errors: UserError names what is missing or damaged.
     """
-    from convclip.engine.zero.checkpoint import checkpoint_path, load_weights, read_state, write_text
+    from convclip.engine.zero.checkpoint import checkpoint_path, load_weights, read_state
 
     path, folder = checkpoint_path(Path(place)), Path(folder)
     task = open_task(load_recipe(path.parent.parent / "recipe.yaml", overrides))
@@ -91,9 +92,7 @@ def evaluate_checkpoint(
     if is_main():
         print(table)
         row = {"checkpoint": str(path), "data": data, "precision": precision, "step": read_state(path).step, **figures}
-        try:
+        with writing(folder, "--output_dir"):
             folder.mkdir(parents=True, exist_ok=True)
-            write_text(folder / "eval.jsonl", json.dumps(row) + "\n")
-        except OSError as error:
-            raise UserError(f"--output_dir {folder} cannot be written: {error}") from None
+        write_text(folder / "eval.jsonl", json.dumps(row) + "\n", "--output_dir")
     return figures

@@ -22,6 +22,7 @@ MAY_IMPORT = {
     "distributed": set(),
     "devices": set(),
     "command_line": {"schema"},
+    "files": {"schema"},
     "models": GROUND,
     # Losses take tensors and a process group; of the schema they know the error that users see.
     "losses": {"distributed", "schema"},

@@ -19,7 +19,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
 import re
 import sys
 from dataclasses import dataclass
@@ -28,6 +27,7 @@ from pathlib import Path
 import numpy as np
 
 from convclip.command_line import run
+from convclip.files import whole_file
 from convclip.schema import UserError
 
 MOST_RELATIVE, MOST_ABSOLUTE = 0.05, 0.0002
@@ -168,12 +168,8 @@ def plot(comparison: Comparison, path: Path) -> None:
     below.set(ylabel="run / reference - 1", xlabel="step")
     for axes in (above, below):
         axes.grid(alpha=0.3)
-    part = path.with_name(path.name + ".part")
-    try:
+    with whole_file(path, "--plot") as part:
         figure.savefig(part, format="png")
-        os.replace(part, path)
-    except OSError as error:
-        raise UserError(f"--plot {path} cannot be written: {error}") from None
 
 
 if __name__ == "__main__":

@@ -9,9 +9,7 @@ folder as given joined with the file name, so a relative folder makes a table th
 from __future__ import annotations
 
 import argparse
-import contextlib
 import csv
-import os
 import sys
 from pathlib import Path
 
@@ -19,6 +17,7 @@ from tqdm import tqdm
 
 from convclip.command_line import run
 from convclip.data.coco import missing_files, read_coco
+from convclip.files import whole_file
 from convclip.schema import UserError
 
 
@@ -29,18 +28,10 @@ def make_coco_csv(annotations: Path, folder: Path, output: Path) -> tuple[int, i
     rows = [(str(folder / image.file_name), caption) for image in images for caption in image.captions]
     if not rows:
         raise UserError(f"{annotations} holds no captions")
-    part = output.with_name(f"{output.name}.part")
-    try:
-        with part.open("w", encoding="utf-8", newline="") as file:
-            writer = csv.writer(file)
-            writer.writerow(("filepath", "title"))
-            writer.writerows(tqdm(rows, desc=output.name, unit="row", mininterval=1))
-        os.replace(part, output)
-    except OSError as error:
-        raise UserError(f"{output} cannot be written: {error.strerror}") from None
-    finally:
-        with contextlib.suppress(OSError):
-            part.unlink()
+    with whole_file(output, "--output") as part, part.open("w", encoding="utf-8", newline="") as file:
+        writer = csv.writer(file)
+        writer.writerow(("filepath", "title"))
+        writer.writerows(tqdm(rows, desc=output.name, unit="row", mininterval=1))
     return len(rows), sum(bool(image.captions) for image in images)
 
 

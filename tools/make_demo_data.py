@@ -12,9 +12,7 @@ import argparse
 import io
 import json
 import math
-import os
 import random
-import shutil
 import sys
 from dataclasses import dataclass
 from pathlib import Path
@@ -23,6 +21,7 @@ from PIL import Image, ImageDraw
 from tqdm import tqdm
 
 from convclip.command_line import run
+from convclip.files import whole_folder
 from convclip.schema import UserError
 
 SHAPES = ("circle", "square", "triangle", "star", "cross", "ring", "heart", "moon")
@@ -202,16 +201,10 @@ def make_demo_data(output_dir: Path, train: int, val: int, size: int, seed: int)
             return
         raise UserError(f"{output_dir} exists and holds something else: remove it or name another --output_dir")
     train_scenes, val_scenes = make_scenes(train, val, seed)
-    part = Path(os.path.abspath(output_dir) + ".part")
-    shutil.rmtree(part, ignore_errors=True)
-    try:
-        (part / "annotations").mkdir(parents=True)
+    with whole_folder(output_dir, "--output_dir") as part:
+        (part / "annotations").mkdir()
         write_split(part, "train", train_scenes, 1, size, info)
         write_split(part, "val", val_scenes, 1 + train, size, info)
-        os.replace(part, output_dir)
-    except BaseException:
-        shutil.rmtree(part, ignore_errors=True)
-        raise
     print(f"{output_dir}: {train} train and {val} val pictures of {size}x{size}, five captions each")
 
 

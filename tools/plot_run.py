@@ -13,13 +13,13 @@ import base64
 import html
 import io
 import json
-import os
 import sys
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from convclip.command_line import run
+from convclip.files import whole_file, writing
 from convclip.schema import UserError
 
 if TYPE_CHECKING:
@@ -276,13 +276,10 @@ def page(run: Run, picture: bytes) -> str:
 
 def write(path: Path, content: bytes) -> None:
     """Write a file so that it appears whole or not at all."""
-    part = path.with_name(path.name + ".part")
-    try:
+    with writing(path):
         path.parent.mkdir(parents=True, exist_ok=True)
+    with whole_file(path) as part:
         part.write_bytes(content)
-        os.replace(part, path)
-    except OSError as error:
-        raise UserError(f"{path} cannot be written: {error.strerror or error}") from None
 
 
 if __name__ == "__main__":

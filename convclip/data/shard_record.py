@@ -9,11 +9,11 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
+from convclip.files import append_line, write_text
 from convclip.schema import UserError
 
 # {url, md5sum, nsamples, filesize, ncaptions (of each sample), skipped} of a shard, or a line of <split>.skipped.jsonl.
@@ -44,13 +44,12 @@ class ShardRecord:
                 self._read(path, is_journal)
         for stale in folder.glob(f"{shard_names}.*.part"):
             stale.unlink(missing_ok=True)
-        _replace(self.journal, _json_lines([{"parameters": parameters}, *self.entries.values()]))
+        write_text(self.journal, _json_lines([{"parameters": parameters}, *self.entries.values()]))
 
     def add(self, entry: Entry) -> None:
         """Note a shard that stands under its final name."""
         self.entries[entry["url"]] = entry
-        with self.journal.open("a", encoding="utf-8") as file:
-            file.write(_json_lines([entry]))
+        append_line(self.journal, json.dumps(entry))
 
     def in_order(self) -> list[Entry]:
         """Entries by shard number."""
@@ -58,9 +57,9 @@ class ShardRecord:
 
     def finish(self, skipped: Iterable[Entry]) -> None:
         """All shards stand: write the index and the list of skipped samples."""
-        _replace(self.skipped, _json_lines(skipped))
+        write_text(self.skipped, _json_lines(skipped))
         head = {"__kind__": "wids-shard-index-v1", "wids_version": 1, "parameters": self.parameters}
-        _replace(self.index, json.dumps({**head, "shardlist": self.in_order()}))
+        write_text(self.index, json.dumps({**head, "shardlist": self.in_order()}))
         self.journal.unlink()
 
     def discard(self) -> None:
@@ -109,13 +108,3 @@ def matches(path: Path, entry: Entry) -> bool:
 
 def _json_lines(entries: Iterable[Entry]) -> str:
     return "".join(json.dumps(entry) + "\n" for entry in entries)
-
-
-def _replace(path: Path, text: str) -> None:
-    """Write a file whole or not at all."""
-    part = path.with_name(f"{path.name}.{os.getpid()}.part")
-    try:
-        part.write_text(text, encoding="utf-8")
-        os.replace(part, path)
-    finally:
-        part.unlink(missing_ok=True)

@@ -16,12 +16,12 @@ from collections import OrderedDict
 from pathlib import Path
 
 import numpy as np
-from filelock import FileLock
 from tqdm import tqdm
 
 from convclip.data.samples import BrokenSample, Captions
 from convclip.data.shards import Shard, cache_folder, find_shards
 from convclip.distributed import is_main
+from convclip.files import CannotWrite, Lock, whole_file
 from convclip.schema import Data, UserError
 
 log = logging.getLogger(__name__)
@@ -157,27 +157,21 @@ def _table(shard: Shard, folder: Path) -> dict[str, np.ndarray]:
     try:
         folder.mkdir(parents=True, exist_ok=True)
         # The first process of this machine walks the headers, the others wait and read.
-        with FileLock(f"{cached}.lock"):
+        with Lock(f"{cached}.lock", cached, wait=True):
             table = _load(cached)
             if table is None:
                 table, complete = scan_shard(shard)
                 # A cut shard is walked, and warned of, each time.
                 if complete:
-                    _keep(table, cached)
-    except OSError as error:
+                    with whole_file(cached) as part, open(part, "wb") as output:
+                        np.savez(output, **table)
+    except (OSError, CannotWrite) as error:
         log.warning("member tables cannot be kept in %s (%s): set data.cache_folder", folder, error)
         table, _ = scan_shard(shard)
     held = len(table["key"])
     if shard.nsamples is not None and held != shard.nsamples:
         raise UserError(f"shard {shard.path} holds {held} samples, its index says {shard.nsamples}: build it again")
     return table
-
-
-def _keep(table: dict[str, np.ndarray], cached: Path) -> None:
-    part = cached.with_suffix(".part")
-    with open(part, "wb") as output:
-        np.savez(output, **table)
-    os.replace(part, cached)
 
 
 def _load(cached: Path) -> dict[str, np.ndarray] | None:

@@ -31,6 +31,7 @@ from tqdm import tqdm
 from convclip.data.coco import CocoImage
 from convclip.data.jpeg import SkippedImage, read_jpeg
 from convclip.data.shard_record import Entry, ShardRecord, matches
+from convclip.files import Lock, whole_file, writing
 from convclip.schema import UserError
 
 MembersOf = Callable[[CocoImage], dict[str, bytes]]
@@ -102,8 +103,8 @@ def write_shards(
         parameters: what else decides the shards' bytes (resize, …), for comparison with an earlier run.
         skipped: samples left out before (`skipped_entry`), for `<split>.skipped.jsonl` and the result.
 
-    Errors: UserError for an output that cannot be written or is full, holds shards of other parameters or of no
-    record, a worker that died, or no sample left.
+    Errors: UserError for an output that cannot be written or is full, is being written by another process, holds
+    shards of other parameters or of no record, a worker that died, or no sample left.
     """
     if not samples:
         raise UserError(f"no sample to write: {reasons(skipped) or 'there are none'}")
@@ -112,19 +113,19 @@ def write_shards(
     shuffled = sorted(samples, key=lambda sample: sample.image_id)
     random.Random(seed).shuffle(shuffled)
     everything = {"samples_per_shard": samples_per_shard, "seed": seed, **parameters, "samples": _digest(shuffled)}
-    try:
+    with writing(output_dir):
         output_dir.mkdir(parents=True, exist_ok=True)
-        record = ShardRecord(output_dir, split, everything)
-        jobs = []
-        for number, start in enumerate(range(0, len(shuffled), samples_per_shard)):
-            name = f"{split}-{number:06d}.tar"
-            chosen = tuple(shuffled[start : start + samples_per_shard])
-            jobs.append(ShardJob(output_dir / name, chosen, members_of, record.entries.get(name)))
-        reused = _run(jobs, workers, record, split)
-        skipped = [*skipped, *(line for entry in record.in_order() for line in entry["skipped"])]
-        return _finish(record, skipped, reused)
-    except OSError as error:
-        raise UserError(f"{output_dir} cannot be written: {error.strerror or error}") from None
+        # The file's name begins with a dot: no reader takes it for a shard or an index.
+        with Lock(output_dir / f".{split}.lock", f"split {split} of {output_dir}"):
+            record = ShardRecord(output_dir, split, everything)
+            jobs = []
+            for number, start in enumerate(range(0, len(shuffled), samples_per_shard)):
+                name = f"{split}-{number:06d}.tar"
+                chosen = tuple(shuffled[start : start + samples_per_shard])
+                jobs.append(ShardJob(output_dir / name, chosen, members_of, record.entries.get(name)))
+            reused = _run(jobs, workers, record, split)
+            skipped = [*skipped, *(line for entry in record.in_order() for line in entry["skipped"])]
+            return _finish(record, skipped, reused)
 
 
 def _run(jobs: list[ShardJob], workers: int, record: ShardRecord, split: str) -> int:
@@ -183,26 +184,19 @@ def ensure_shard(job: ShardJob) -> tuple[Entry, bool]:
     """(the shard's entry, whether it was there): the shard is written unless one that matches job.entry is there."""
     if job.entry is not None and matches(job.path, job.entry):
         return job.entry, True
-    part = job.path.with_name(f"{job.path.name}.{os.getpid()}.part")
     counts, skipped = [], []
-    try:
-        with part.open("wb", buffering=0) as file:
-            tar = _TarStream(file)
-            for sample in job.samples:
-                try:
-                    members = job.members_of(sample)
-                except SkippedImage as error:
-                    skipped.append(skipped_entry(sample, str(error)))
-                    continue
-                for extension, data in members.items():
-                    tar.add(f"{sample.image_id:012d}.{extension}", data)
-                counts.append(len(sample.captions))
-            size, md5sum = tar.finish()
-        os.replace(part, job.path)
-    except OSError as error:
-        raise UserError(f"shard {job.path} cannot be written: {error.strerror or error}") from None
-    finally:
-        part.unlink(missing_ok=True)
+    with whole_file(job.path, "shard") as part, part.open("wb", buffering=0) as file:
+        tar = _TarStream(file)
+        for sample in job.samples:
+            try:
+                members = job.members_of(sample)
+            except SkippedImage as error:
+                skipped.append(skipped_entry(sample, str(error)))
+                continue
+            for extension, data in members.items():
+                tar.add(f"{sample.image_id:012d}.{extension}", data)
+            counts.append(len(sample.captions))
+        size, md5sum = tar.finish()
     entry = {"url": job.path.name, "md5sum": md5sum, "nsamples": len(counts), "filesize": size}
     return {**entry, "ncaptions": counts, "skipped": skipped}, False
 

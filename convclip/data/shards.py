@@ -17,11 +17,11 @@ from pathlib import Path
 from urllib.parse import urlparse
 
 import braceexpand
-from filelock import FileLock
 from tqdm import tqdm
 from webdataset.gopen import gopen
 
 from convclip.distributed import is_main
+from convclip.files import Lock, whole_file
 from convclip.schema import Data, UserError
 
 WIDS_KIND = "wids-shard-index-v1"
@@ -167,7 +167,8 @@ def _with_indexes(shards: list[Shard]) -> list[Shard]:
 
 def _fetch_all(shards: list[Shard], data: Data) -> list[Shard]:
     """Shards behind URLs copied into the cache folder; local ones as they are."""
-    remote = [shard for shard in shards if is_url(shard.address)]
+    # By address: one that is listed twice is fetched once.
+    remote = list({shard.address: shard for shard in shards if is_url(shard.address)}.values())
     if not remote:
         return shards
     folder = cache_folder(data) / "shards"
@@ -187,16 +188,15 @@ def _fetch(shard: Shard, folder: Path) -> tuple[str, str]:
     digest = hashlib.sha256(shard.address.encode()).hexdigest()[:16]
     base = "" if shard.address.startswith("pipe:") else os.path.basename(urlparse(shard.address).path)
     target = folder / (f"{digest}-{base}" if base.endswith(".tar") else f"{digest}.tar")
-    part = target.with_name(target.name + ".part")
-    with FileLock(f"{target}.lock"):
+    with Lock(f"{target}.lock", target, wait=True):
+        # What a killed fetch of convclip 0.1.0 left.
+        target.with_name(target.name + ".part").unlink(missing_ok=True)
         if not target.exists():
-            try:
-                _copy(shard, part)
-                os.replace(part, target)
-            except (OSError, ValueError) as error:
-                raise UserError(f"shard {shard.address} cannot be fetched: {error}") from None
-            finally:
-                part.unlink(missing_ok=True)
+            with whole_file(target) as part:
+                try:
+                    _copy(shard, part)
+                except (OSError, ValueError) as error:
+                    raise UserError(f"shard {shard.address} cannot be fetched: {error}") from None
     return shard.address, str(target)
 
 

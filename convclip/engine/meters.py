@@ -13,6 +13,7 @@ from typing import Any
 from torch import Tensor
 
 from convclip.distributed import is_main
+from convclip.files import append_line
 from convclip.schema import UserError
 
 try:
@@ -89,8 +90,7 @@ class RunLog:
             logger.removeHandler(handler)
 
     def _append(self, name: str, row: dict[str, Any]) -> None:
-        with open(self.folder / name, "a", encoding="utf-8") as file:
-            file.write(json.dumps(row) + "\n")
+        append_line(self.folder / name, json.dumps(row))
 
     def _scalars(self, prefix: str, row: dict[str, Any], step: int) -> None:
         if self.board:

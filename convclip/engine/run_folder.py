@@ -8,8 +8,9 @@ from typing import Any
 
 from convclip.config import UserError, load_recipe
 from convclip.distributed import barrier, is_main, world_size
-from convclip.engine.zero.checkpoint import read_state, write_text
+from convclip.engine.zero.checkpoint import read_state
 from convclip.engine.zero.ds_config import precision, zero_stage
+from convclip.files import write_text, writing
 from convclip.schema import Recipe
 
 # Recipe fields that a resumed run may change: they do not change what is computed.
@@ -51,12 +52,10 @@ def open_run_folder(folder: Path, recipe: Recipe, ds_config: dict[str, Any], res
         _refuse_other_recipe(checkpoint.parent.parent / "recipe.yaml", recipe)
         _refuse_other_engine(checkpoint, world_size(), zero_stage(ds_config), str(precision(ds_config)))
     if is_main():
-        try:
+        with writing(folder, "--output_dir"):
             folder.mkdir(parents=True, exist_ok=True)
-            write_text(folder / "recipe.yaml", recipe.to_yaml())
-            write_text(folder / "ds_config.json", json.dumps(ds_config, indent=2) + "\n")
-        except OSError as error:
-            raise UserError(f"--output_dir {folder} cannot be written: {error}") from None
+        write_text(folder / "recipe.yaml", recipe.to_yaml(), "--output_dir")
+        write_text(folder / "ds_config.json", json.dumps(ds_config, indent=2) + "\n", "--output_dir")
         for name in ("metrics.jsonl", "eval.jsonl"):
             _drop_after(folder / name, read_state(checkpoint).step if checkpoint else 0)
     barrier()

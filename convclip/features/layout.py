@@ -18,7 +18,6 @@ at fixed byte offsets without the HDF5 library, so a kill cannot leave an HDF5 f
 
 from __future__ import annotations
 
-import os
 import zlib
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
@@ -30,6 +29,7 @@ import numpy as np
 import torch
 
 from convclip.features.ids import decode_id
+from convclip.files import publish
 from convclip.schema import UserError
 
 FORMAT_VERSION = 1
@@ -146,18 +146,6 @@ def create_joined(path: Path, temporary: Path, parts: list[Layout], pieces: Mapp
                 first += stop - start
             _describe(file.create_virtual_dataset(f"arrays/{name}", view), spec)
     publish(temporary, path)
-
-
-def publish(temporary: Path, path: Path) -> None:
-    """Give a whole file its name: the name is on the disk only after the content."""
-    with open(temporary, "rb") as file:
-        os.fsync(file.fileno())
-    os.replace(temporary, path)
-    folder = os.open(path.parent, os.O_RDONLY)
-    try:
-        os.fsync(folder)
-    finally:
-        os.close(folder)
 
 
 def _write_header(file: h5py.File, identity: Mapping[str, Any], ids: Mapping[str, np.ndarray]) -> None:

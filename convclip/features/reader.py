@@ -153,15 +153,6 @@ def view_ids(image_ids: Ids, view: int, views: int) -> np.ndarray:
     return np.asarray(image_ids, dtype=np.int64) * views + view
 
 
-def file_sha256(path: str | Path) -> str:
-    """SHA-256 of a file's bytes, in hexadecimal."""
-    digest = hashlib.sha256()
-    with open(path, "rb") as file:
-        while block := file.read(2**20):
-            digest.update(block)
-    return digest.hexdigest()
-
-
 def state_dict_sha256(state_dict: Mapping[str, torch.Tensor]) -> str:
     """SHA-256 of names, dtypes, shapes and values of a state dict, whatever its order and device, in hexadecimal."""
     digest = hashlib.sha256()

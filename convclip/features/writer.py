@@ -9,7 +9,6 @@ count whatever rank wrote them, so a run may go on with another number of ranks.
 from __future__ import annotations
 
 import contextlib
-import fcntl
 import glob
 import hashlib
 import os
@@ -31,11 +30,11 @@ from convclip.features.layout import (
     create_joined,
     create_part,
     estimate,
-    publish,
     read_layout,
     row_checksums,
     runs,
 )
+from convclip.files import Lock, publish
 from convclip.schema import UserError
 
 
@@ -66,11 +65,16 @@ class FeatureWriter:
             self.identity[f"{kind}_ids"] = f"{len(items)}, sha256 {hashlib.sha256(items.values).hexdigest()}"
         self._refuse_wrong_arguments()
         self.path.parent.mkdir(parents=True, exist_ok=True)
+        self._done = self._done_in(self._existing())
+        self._refuse_full_disk()
+        self._lock = Lock(self.path.with_name(f"{self._own_name}.lock"), self.path.with_name(f"{self._own_name}.part"))
+        if any(len(self._own_rows(kind)) for kind in self._items):
+            self._lock.acquire()
+        # Once more: whoever held the lock until now may have written rows.
         parts = self._existing()
         self._done = self._done_in(parts)
-        self._refuse_full_disk()
         self._part = self._own_part(parts)
-        self._file = self._lock() if self._part else None
+        self._file = os.open(self._part.path, os.O_RDWR) if self._part else None
         self._own_ids = {kind: ItemIds(ids) for kind, ids in self._part.ids.items()} if self._part else {}
         self._uncommitted: dict[str, list[np.ndarray]] = {kind: [] for kind in self._items}
         self._uncommitted_bytes = 0
@@ -136,6 +140,7 @@ class FeatureWriter:
                 os.fsync(self._file)
             os.close(self._file)
             self._file = None
+        self._lock.release()
         parts = self._existing()
         if parts and parts[0].path == self.path:
             return True
@@ -147,8 +152,9 @@ class FeatureWriter:
             except FileNotFoundError:  # Another rank finished at the same time, joined the parts and cleaned up.
                 if not self.path.exists():
                     raise
-            for leftover in self.path.parent.glob(glob.escape(self.path.name) + ".rank-*.new"):
-                leftover.unlink(missing_ok=True)
+            for ending in ("new", "lock"):  # Of killed runs, maybe with other ranks; every row is there.
+                for leftover in self.path.parent.glob(f"{glob.escape(self.path.name)}.rank-*.{ending}"):
+                    leftover.unlink(missing_ok=True)
         return True
 
     def _refuse_wrong_arguments(self) -> None:
@@ -198,31 +204,22 @@ class FeatureWriter:
         if needed > free:
             raise UserError(f"{self.path}: needs {needed / 1e9:.2f} GB more, its disk has {free / 1e9:.2f} GB free")
 
+    @property
+    def _own_name(self) -> str:
+        return f"{self.path.name}.rank-{self.rank:05d}-of-{self.world:05d}"
+
     def _own_part(self, parts: list[Layout]) -> Layout | None:
         """This rank's part, made if it is not there; None when this rank has nothing to write."""
         ids = {kind: items.values[self._own_rows(kind)] for kind, items in self._items.items()}
         if not any(len(values) for values in ids.values()):
             return None
-        name = f"{self.path.name}.rank-{self.rank:05d}-of-{self.world:05d}"
         for part in parts:
-            if part.path.name in (name, name + ".part"):
+            if part.path.name in (self._own_name, self._own_name + ".part"):
                 return part
-        path = self.path.with_name(name + ".part")
+        path = self.path.with_name(self._own_name + ".part")
         with self._disk_errors():
             create_part(path, self.arrays, self.identity, ids)
         return read_layout(path)
-
-    def _lock(self) -> int:
-        file = os.open(self._part.path, os.O_RDWR)
-        try:
-            # Not flock: worker processes forked from this one would hold that lock on after its death.
-            fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except (BlockingIOError, PermissionError):
-            os.close(file)
-            raise UserError(f"{self._part.path}: another process is writing it; wait for it or stop it") from None
-        except OSError:
-            pass  # A file system without locks.
-        return file
 
     def _kind_of(self, rows: Mapping[str, Any]) -> str:
         kinds = {self.arrays[name].item_kind for name in rows if name in self.arrays}
@@ -271,7 +268,7 @@ class FeatureWriter:
             for part in used:
                 final = part.path.with_name(part.path.name.removesuffix(".part"))
                 with contextlib.suppress(FileNotFoundError):  # Another rank that finished at the same time did it.
-                    os.replace(part.path, final)
+                    publish(part.path, final)
                 part.path = final
             temporary = self.path.with_name(f"{self.path.name}.rank-{self.rank:05d}.new")
             create_joined(self.path, temporary, used, pieces)

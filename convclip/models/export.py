@@ -8,8 +8,6 @@ with an argument that class refuses (`add_pooling_layer`) and has no pooler for 
 from __future__ import annotations
 
 import json
-import os
-import shutil
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -22,6 +20,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from convclip import schema
+from convclip.files import whole_folder
 from convclip.models.dual_tower import DualTower, build_model
 from convclip.models.image_tower import resnet_sizes
 from convclip.models.weights import CONFIG_FILE, load_exact
@@ -120,13 +119,10 @@ def _open_clip_tensors(tensors: dict[str, Tensor], model_cfg: dict[str, Any]) ->
 
 
 def _write(folder: Path, files: dict[str, dict[str, Any]], tensors: dict[str, Tensor], weights: str) -> None:
-    part = folder.with_name(folder.name + ".part")
     try:
-        shutil.rmtree(part, ignore_errors=True)
-        part.mkdir(parents=True)
-        for name, content in files.items():
-            (part / name).write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
-        save_file(tensors, part / weights, metadata={"format": "pt"})
-        os.replace(part, folder)
-    except (OSError, SafetensorError) as error:
+        with whole_folder(folder) as part:
+            for name, content in files.items():
+                (part / name).write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
+            save_file(tensors, part / weights, metadata={"format": "pt"})
+    except SafetensorError as error:
         raise UserError(f"{folder} cannot be written: {str(error).splitlines()[0]}") from None

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import math
 from collections.abc import Callable
 from pathlib import Path
@@ -14,6 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from convclip import schema
+from convclip.files import sha256_of
 from convclip.schema import UserError
 
 WHOLE_MODELS = ("local-dir:", "hf-hub:")
@@ -28,7 +28,7 @@ def weights_sha256(config: schema.TeacherConfig) -> str:
         files = [Path(config.pretrained)] if config.pretrained and Path(config.pretrained).is_file() else []
     if not files:
         return str(config.pretrained)
-    return " ".join(hashlib.sha256(path.read_bytes()).hexdigest() for path in files)
+    return " ".join(sha256_of(path) for path in files)
 
 
 class Teacher(nn.Module):

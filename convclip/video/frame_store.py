@@ -29,11 +29,13 @@ import torch
 from PIL import Image
 from tqdm import tqdm
 
+from convclip.files import Lock, whole_file, write_text, writing
 from convclip.schema import UserError
 from convclip.video.decode import FRAMES, VideoError, read_clip
 
 VERSION = 1
 INDEX = "index.json"
+LOCK = ".frames.lock"
 VIDEO_ID = re.compile(r"[A-Za-z0-9_-]{1,80}")
 TAR_BLOCK = 512
 
@@ -70,14 +72,26 @@ def write_frame_store(
     """Decode `videos` (id -> path) into `folder`; run again after a kill or with files repaired, it goes on.
 
     Whole shards are kept as long as their videos' files have the same sizes. UserError: a bad video id, a folder that
-    holds other settings or videos, no video that can be used, or a decoding process that died.
+    holds other settings or videos, no video that can be used, a decoding process that died, a folder that cannot be
+    written or that another process is writing.
     """
     settings, folder = settings or FrameSettings(), Path(folder)
     bad = [name for name in videos if not VIDEO_ID.fullmatch(name)]
     if bad:
         raise UserError(f"video id {bad[0]!r} cannot name a tar member: use letters, digits, _ and - (80 at most)")
+    with writing(folder):
+        folder.mkdir(parents=True, exist_ok=True)
+    with Lock(folder / LOCK, folder):
+        _make_folder(folder, settings, list(videos), videos_per_shard)
+        for stale in folder.glob("frames-*.part"):
+            stale.unlink(missing_ok=True)
+        return _fill_folder(videos, folder, settings, workers, videos_per_shard)
+
+
+def _fill_folder(
+    videos: Mapping[str, str | Path], folder: Path, settings: FrameSettings, workers: int, videos_per_shard: int
+) -> FrameStoreReport:
     names = list(videos)
-    _make_folder(folder, settings, names, videos_per_shard)
     groups = [names[i : i + videos_per_shard] for i in range(0, len(names), videos_per_shard)]
     tasks = [
         (folder / f"frames-{number:06d}.tar", {name: str(videos[name]) for name in group}, settings)
@@ -192,8 +206,7 @@ def _shard(path: Path, videos: dict[str, str], settings: FrameSettings) -> tuple
             return entry, True
         entry_path.unlink()
     entry = {"file": path.name, "sources": sizes, "videos": {}, "skipped": {}, "notes": {}}
-    part = path.with_suffix(".tar.part")
-    with tarfile.open(part, "w", format=tarfile.USTAR_FORMAT) as tar:
+    with whole_file(path) as part, tarfile.open(part, "w", format=tarfile.USTAR_FORMAT) as tar:
         for name, file in videos.items():
             try:
                 clip = read_clip(file, settings.size, settings.frames, settings.fps)
@@ -203,8 +216,7 @@ def _shard(path: Path, videos: dict[str, str], settings: FrameSettings) -> tuple
             if clip.note:
                 entry["notes"][name] = clip.note
             entry["videos"][name] = _add_video(tar, name, clip.frames, settings)
-    os.replace(part, path)
-    _write_json(entry_path, entry)
+    write_text(entry_path, json.dumps(entry))
     return entry, False
 
 
@@ -241,7 +253,7 @@ def _from_jpeg(data: bytes) -> np.ndarray:
 
 
 def _make_folder(folder: Path, settings: FrameSettings, names: list[str], videos_per_shard: int) -> None:
-    """Create the folder with a plan of what it holds, or check that the plan in it is the same."""
+    """Write a plan of what the folder holds, or check that the plan in it is the same."""
     digest = hashlib.sha256("\n".join(names).encode()).hexdigest()
     plan = {**asdict(settings), "videos": len(names), "videos_per_shard": videos_per_shard, "names_sha256": digest}
     path = folder / "plan.json"
@@ -253,15 +265,15 @@ def _make_folder(folder: Path, settings: FrameSettings, names: list[str], videos
         if other:
             raise UserError(f"{folder} holds another frame store: {', '.join(other)}; name another folder")
         return
-    if folder.is_dir() and any(folder.iterdir()):
+    # A run killed as it began leaves its lock and half a plan.
+    if any(entry.name != LOCK and not entry.name.startswith("plan.json.") for entry in folder.iterdir()):
         raise UserError(f"{folder} is not empty and no frame store: name another folder")
-    folder.mkdir(parents=True, exist_ok=True)
-    _write_json(path, plan)
+    write_text(path, json.dumps(plan))
 
 
 def _write_index(folder: Path, settings: FrameSettings, shards: list[dict[str, Any]]) -> None:
     entries = [{key: shard[key] for key in ("file", "videos", "skipped", "notes")} for shard in shards]
-    _write_json(folder / INDEX, {"version": VERSION, "settings": asdict(settings), "shards": entries})
+    write_text(folder / INDEX, json.dumps({"version": VERSION, "settings": asdict(settings), "shards": entries}))
 
 
 def _read_index(folder: Path) -> dict[str, Any]:
@@ -276,9 +288,3 @@ def _read_index(folder: Path) -> dict[str, Any]:
             f"no frame store at {folder}: {INDEX} cannot be read ({error}); was writing finished?"
         ) from None
     return index
-
-
-def _write_json(path: Path, value: Any) -> None:
-    part = path.with_name(path.name + ".part")
-    part.write_text(json.dumps(value), encoding="utf-8")
-    os.replace(part, path)

@@ -22,8 +22,9 @@ from convclip.engine.stages.groups import reached_stages
 from convclip.engine.stored.extraction import ComputedRows, write_missing
 from convclip.engine.stored.frozen import PRECISION_NAMES
 from convclip.features.layout import ArraySpec, estimate
-from convclip.features.reader import file_sha256, state_dict_sha256
+from convclip.features.reader import state_dict_sha256
 from convclip.features.writer import FeatureWriter
+from convclip.files import sha256_of
 from convclip.schema import Recipe, UserError
 from convclip.video.clip_loader import VideoEvaluationSet, load_video_set
 from convclip.video.msrvtt import tokenize_captions
@@ -65,7 +66,7 @@ def extract_xclip(recipe: Recipe, path: Path, checkpoint: str, precision: str) -
     identity = {
         "kind": "xclip",
         "teacher": Path(checkpoint).name,
-        "teacher_sha256": file_sha256(checkpoint),
+        "teacher_sha256": sha256_of(checkpoint),
         "frames": size.frames,
         "words": size.words,
         "image_size": size.image_size,

@@ -60,7 +60,7 @@ def committed(folder: Path) -> set[tuple[str, str]]:
     """(kind, id as text) of every row that some file in `folder` says is done."""
     done = set()
     for file in folder.glob("*.h5*"):
-        if not file.name.endswith(".new"):
+        if file.suffix not in (".new", ".lock"):
             layout = read_layout(file)
             for kind, flags in layout.done.items():
                 done |= {(kind, str(item)) for item in decode_ids(layout.ids[kind][flags])}

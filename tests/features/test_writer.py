@@ -40,7 +40,7 @@ def assert_whole(path: Path) -> None:
         ids = ITEMS[spec.item_kind]
         assert torch.equal(store.read(name, ids), features(name, ids))
         assert sorted(map(str, store.ids(name))) == sorted(map(str, ids))
-    leftovers = [file.name for file in path.parent.iterdir() if file.suffix in (".part", ".new")]
+    leftovers = [file.name for file in path.parent.iterdir() if file.suffix in (".part", ".new", ".lock")]
     assert not leftovers
 
 

@@ -156,6 +156,43 @@ def test_ctrl_c_ends_in_one_line_and_leaves_whole_shards_only(source, workers):
     assert contents(source / "out") == contents(source / "whole")
 
 
+@pytest.mark.parametrize("workers", [1, 2])
+def test_a_second_run_at_once_is_refused_and_harms_nothing(source, workers):
+    """The first waits at a picture, a pipe; the second says who is writing, and the first then ends as if alone."""
+    picture = source / "images" / "5.jpg"
+    whole = picture.read_bytes()
+    picture.unlink()
+    os.mkfifo(picture)
+    first = subprocess.Popen(command(source, "--workers", workers), stderr=subprocess.PIPE, text=True, cwd=REPOSITORY)
+    try:
+        wait_until(lambda: any((source / "out").glob("*.tar.*.part")), "the first run writes no shard")
+        assert_one_line(
+            run(source, "--workers", 1),
+            f"split train of {source / 'out'}: another process is writing it (make_shards, host ",
+            f", pid {first.pid}, since ",
+            "wait for it or stop it",
+        )
+        # Another split of the same folder is another work.
+        other = ("--split", "val", "--images", source / "more", "--annotations", source / "more.json")
+        (source / "more").mkdir()
+        (source / "more" / "a.jpg").write_bytes(whole)
+        table = {"images": [{"id": 1, "file_name": "a.jpg"}], "annotations": [{"id": 1, "image_id": 1, "caption": "a"}]}
+        (source / "more.json").write_text(json.dumps(table))
+        assert run(source, *other, "--workers", 1).returncode == 0
+        with picture.open("wb") as pipe:
+            pipe.write(whole)
+        _, errors = first.communicate(timeout=60)
+    finally:
+        first.kill()
+        first.wait()
+    assert first.returncode == 0, errors
+    picture.unlink()
+    picture.write_bytes(whole)
+    assert run(source, "--output_dir", source / "alone", "--workers", 1).returncode == 0
+    written = {name: data for name, data in contents(source / "out").items() if not name.startswith("val")}
+    assert written == contents(source / "alone")
+
+
 def test_missing_images_are_named_or_skipped(source):
     for number in (0, 1, 2, 7):
         (source / "images" / f"{number}.jpg").unlink()

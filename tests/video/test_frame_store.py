@@ -1,8 +1,10 @@
 """The frame store: what is read is what was decoded; killed, repeated, repaired and mismatched writing."""
 
 import json
+import os
 import pickle
 import shutil
+import signal
 import tarfile
 
 import numpy as np
@@ -12,6 +14,7 @@ import webdataset
 from PIL import Image
 from test_decode import write_video
 
+from convclip.files import Lock
 from convclip.schema import UserError
 from convclip.video import frame_store
 from convclip.video.decode import read_clip
@@ -92,6 +95,36 @@ def test_a_second_run_decodes_nothing_and_a_killed_one_only_what_is_missing(vide
     write_frame_store(videos, whole, SMALL, videos_per_shard=2)
     for path in sorted(folder.iterdir()):
         assert path.read_bytes() == (whole / path.name).read_bytes(), path.name
+
+
+def test_a_folder_has_one_writer_at_a_time(videos, tmp_path):
+    """Also where the writer before was killed as it began: its lock file alone does not make the folder another's."""
+    folder = tmp_path / "store"
+    folder.mkdir()
+    reading, writing = os.pipe()
+    told, tell = os.pipe()
+    child = os.fork()
+    if child == 0:
+        try:
+            Lock(folder / frame_store.LOCK, folder).acquire()
+            os.write(tell, b".")
+            os.read(reading, 1)
+        finally:
+            os._exit(1)
+    assert os.read(told, 1)
+    with pytest.raises(UserError, match=rf"{folder}: another process is writing it \(.*, pid {child}, "):
+        write_frame_store(videos, folder, SMALL)
+    os.kill(child, signal.SIGKILL)
+    os.waitpid(child, 0)
+    for descriptor in (reading, writing, told, tell):
+        os.close(descriptor)
+    assert [path.name for path in folder.iterdir()] == [frame_store.LOCK]
+    (folder / "plan.json.part").write_bytes(b"{")
+    assert write_frame_store(videos, folder, SMALL).decoded == 5
+    (folder / "plan.json.part").unlink()
+    (folder / "frames-000000.tar.part").write_bytes(b"half")  # as convclip 0.1.0 left it
+    assert write_frame_store(videos, folder, SMALL).reused == 5
+    assert not [path.name for path in folder.iterdir() if "lock" in path.name or "part" in path.name]
 
 
 def test_a_repaired_file_is_picked_up(videos, tmp_path):

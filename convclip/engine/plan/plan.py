@@ -5,7 +5,6 @@ The model is built on the meta device: no data, no weights, no memory, no DeepSp
 
 from __future__ import annotations
 
-import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -18,6 +17,7 @@ from convclip.engine.stages.groups import Stage, describe_amount, event_starts, 
 from convclip.engine.stages.schedule import LearningRates, peak_lr, shortened_warmups, warmup_steps
 from convclip.engine.stored.frozen import storable
 from convclip.engine.task import Task
+from convclip.files import whole_file
 from convclip.models.layer_groups import parameter_counts
 from convclip.schema import Recipe, Unfreeze
 
@@ -130,13 +130,8 @@ def plot_plan(plan: dict[str, Any], path: Path) -> None:
         )
     axes.set(xlabel="step", ylabel="learning rate", yscale="log", title=f"{plan['recipe']}: lr of each group")
     axes.legend(fontsize="small")
-    part = path.with_name(path.name + ".part")
-    try:
+    with whole_file(path, "--plot") as part:
         figure.savefig(part, format=path.suffix.lower().removeprefix("."), dpi=130)
-        os.replace(part, path)
-    except OSError as error:
-        part.unlink(missing_ok=True)
-        raise UserError(f"--plot {path} cannot be written: {error.strerror or error}") from None
 
 
 def check_plot_path(path: Path) -> None:

@@ -9,7 +9,6 @@ to `checkpoints/locked.safetensors`.
 from __future__ import annotations
 
 import json
-import os
 import shutil
 from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass, field
@@ -27,6 +26,7 @@ from convclip.devices import RandomState
 from convclip.distributed import barrier, gather_objects, is_main, rank
 from convclip.engine.zero.build import OptimizerSnapshot, restore_snapshot, take_snapshot
 from convclip.engine.zero.masters import is_replicated, master_shards
+from convclip.files import CannotWrite, publish, whole_file, write_text, writing
 
 FORMAT = 1
 
@@ -58,7 +58,8 @@ def save_locked(model: nn.Module, trainable: set[str], folder: Path) -> None:
     """Write the fp32 weights of the parameters that do not train at the start, once, to `folder`/locked.safetensors."""
     # The main rank alone looks for the file: seen by a rank that comes late, it would keep that one from the barrier.
     if is_main() and not (folder / "locked.safetensors").is_file():
-        folder.mkdir(parents=True, exist_ok=True)
+        with writing(folder):
+            folder.mkdir(parents=True, exist_ok=True)
         locked = {n: p.detach().cpu().contiguous() for n, p in model.named_parameters() if n not in trainable}
         # safetensors cannot read back a file that has neither tensors nor metadata, as where nothing is locked.
         _write_tensors(locked, folder / "locked.safetensors", {"content": "locked"})
@@ -72,21 +73,22 @@ def save_checkpoint(engine: DeepSpeedEngine, folder: Path, state: RunState) -> P
     if is_main():
         for stale in (part, target):
             shutil.rmtree(stale, ignore_errors=True)
-        part.mkdir(parents=True)
+        with writing(part):
+            part.mkdir(parents=True)
     barrier()
     problem = None
     try:
         _save_rank(engine, part / rank_file(rank()))
         if is_main():
             write_text(part / "state.json", json.dumps(asdict(state), indent=1))
-    except (OSError, SafetensorError) as error:
+    except (OSError, CannotWrite) as error:
         problem = f"rank {rank()} cannot write checkpoint {part}: {error}"
     problems = [found for found in gather_objects(problem) if found]
     if problems:
         raise UserError(problems[0])
     if is_main():
-        os.replace(part, target)
-        _sync_folder(folder)
+        with writing(target):
+            publish(part, target)
     barrier()
     return target
 
@@ -195,20 +197,12 @@ def remove_old(run_folder: Path, keep_last: int) -> None:
     folder = run_folder / "checkpoints"
     for stale in folder.glob("step-*.part"):
         shutil.rmtree(stale, ignore_errors=True)
+    for stale in folder.glob("locked.safetensors.*part"):
+        stale.unlink(missing_ok=True)
     kept = {(run_folder / p).read_text().strip() for p in ("best", "latest") if (run_folder / p).is_file()}
     for path in sorted(folder.glob("step-*"))[:-keep_last]:
         if str(path.relative_to(run_folder)) not in kept:
             shutil.rmtree(path, ignore_errors=True)
-
-
-def write_text(path: Path, text: str) -> None:
-    """Write a small file whole or not at all, and safely on disk."""
-    part = path.with_name(path.name + ".part")
-    with open(part, "w", encoding="utf-8") as file:
-        file.write(text)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(part, path)
 
 
 def rank_file(number: int) -> str:
@@ -259,21 +253,11 @@ def _layout(pieces: Iterable[Any]) -> list[list[Any]]:
 
 
 def _write_tensors(tensors: Mapping[str, Tensor], path: Path, metadata: dict[str, str]) -> None:
-    part = path.with_name(path.name + ".part")
-    save_file(dict(tensors), part, metadata=metadata)
-    with open(part, "rb+") as file:
-        os.fsync(file.fileno())
-    os.replace(part, path)
-    _sync_folder(path.parent)
-
-
-def _sync_folder(folder: Path) -> None:
-    """Make a rename survive a power cut."""
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
+    with whole_file(path) as part:
+        try:
+            save_file(dict(tensors), part, metadata=metadata)
+        except SafetensorError as error:  # Its name for a full disk.
+            raise CannotWrite(f"{path} cannot be written: {error}") from None
 
 
 def _open(path: Path) -> Any:
