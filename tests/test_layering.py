@@ -57,7 +57,7 @@ def imports_of(path, root=REPOSITORY):
 
 
 def part_of(name):
-    """`models` for convclip.models.image_tower.ImageTower; None outside convclip."""
+    """`models` for convclip.models.tower.Tower; None outside convclip."""
     first, *rest = name.split(".")
     return rest[0] if first == "convclip" and rest else None
 

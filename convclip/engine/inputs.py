@@ -21,7 +21,7 @@ from convclip.engine.stored.frozen import FrozenWork
 from convclip.features.reader import FeatureStore, view_ids
 from convclip.models.dual_tower import INPUT, Cut
 from convclip.models.teacher import Teacher
-from convclip.models.text_tower import TextPrefix
+from convclip.models.tower import TextPrefix
 from convclip.schema import Recipe
 
 

@@ -12,8 +12,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from convclip import schema
-from convclip.models.image_tower import build_image_tower
-from convclip.models.text_tower import TextPrefix, build_text_tower
+from convclip.models.tower import TextPrefix
+from convclip.models.towers import build_image_tower, build_text_tower
 
 
 class Cut(NamedTuple):
@@ -65,20 +65,20 @@ class DualTower(nn.Module):
         # The frozen head of head alignment, where a recipe asks for one.
         self.reference: nn.Module | None = None
 
-    def encode_image(self, images: Tensor, normalize: bool = False, boundary: int = 0) -> Tensor:
+    def encode_image(self, images: Tensor, normalize: bool = False, cut: int = 0) -> Tensor:
         """Images [B, 3, H, W] (float, mean and std taken out) -> embeddings [B, D].
 
-        `boundary` > 0: `images` is instead what `visual.forward_prefix` gave there. `normalize`: unit length, float32.
+        `cut` > 0: `images` is instead what `visual.forward_prefix` gave there. `normalize`: unit length, float32.
         """
-        features = self.visual.forward_from(images, boundary) if boundary else self.visual(images)
+        features = self.visual.forward_from(images, cut) if cut else self.visual(images)
         return _unit_length(features) if normalize else features
 
-    def encode_text(self, tokens: Tensor | TextPrefix, normalize: bool = False, boundary: int = 0) -> Tensor:
+    def encode_text(self, tokens: Tensor | TextPrefix, normalize: bool = False, cut: int = 0) -> Tensor:
         """Token ids [B, T] (int64) -> embeddings [B, D]; `normalize`: unit length, float32.
 
-        `boundary` > 0: `tokens` is instead what enters layer group `boundary` of the text tower.
+        `cut` > 0: `tokens` is instead what enters layer group `cut` of the text tower.
         """
-        features = self.text(tokens, boundary)
+        features = self.text(tokens, cut)
         return _unit_length(features) if normalize else features
 
     @overload
@@ -110,13 +110,13 @@ class DualTower(nn.Module):
                 None if texts is None else self.text(texts, start.text, stop.text),
             )
         # Text first: it reads its longest caption's length, which on an accelerator waits for the work queued so far.
-        text = None if texts is None else self.encode_text(texts, normalize=True, boundary=start.text)
+        text = None if texts is None else self.encode_text(texts, normalize=True, cut=start.text)
         image, extras = None, {}
         if images is not None and self.reference is None:
-            image = self.encode_image(images, normalize=True, boundary=start.image)
+            image = self.encode_image(images, normalize=True, cut=start.image)
         elif images is not None:
-            features = self.visual.forward_between(images, start.image, self.visual.map_boundary)
-            image = _unit_length(self.visual.forward_from(features, self.visual.map_boundary))
+            features = self.visual.forward_between(images, start.image, self.visual.map_cut)
+            image = _unit_length(self.visual.forward_from(features, self.visual.map_cut))
             extras["reference"] = _unit_length(self.reference(features.detach()))
         bias = None if self.logit_bias is None else self.logit_bias.float()
         return Outputs(image, text, self.logit_scale.float().exp(), bias, extras)

@@ -1,8 +1,6 @@
 """Export: a folder that unmodified open_clip loads with `create_model_and_transforms("local-dir:FOLDER")`.
 
-GPT-2 with its MLP projection has no counterpart there, and is exported as safetensors under our own names only:
-open_clip's native text transformer ends in one linear map (`text_projection`), and its HFTextEncoder builds GPT2Model
-with an argument that class refuses (`add_pooling_layer`) and has no pooler for the end token (checked on 3.3.0).
+A tower that has no counterpart there (`Tower.open_clip_config` is None) is exported as safetensors under our own names.
 """
 
 from __future__ import annotations
@@ -22,14 +20,10 @@ from torch import Tensor
 from convclip import schema
 from convclip.files import whole_folder
 from convclip.models.dual_tower import DualTower, build_model
-from convclip.models.image_tower import resnet_sizes
 from convclip.models.weights import CONFIG_FILE, load_exact
 from convclip.schema import UserError
 
 OUR_CONFIG = "convclip_model.json"
-# schema.ImageTowerConfig.head -> open_clip's (timm_pool, timm_proj)
-_HEADS = {"attention_pool": ("abs_attn", ""), "attention_pool_linear": ("abs_attn", "linear")}
-_AVERAGE = ("", "linear")
 
 
 @dataclass(frozen=True)
@@ -50,19 +44,20 @@ def export_open_clip(model: DualTower, config: schema.Model, folder: str | Path)
     folder = Path(folder)
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
         raise UserError(f"{folder}: already holds files, name a new folder")
-    for_open_clip = config.text.kind == "clip"
+    theirs = open_clip_config(model, config)
     tensors = {name: value.detach().cpu().contiguous() for name, value in model.state_dict().items()}
     files = {OUR_CONFIG: config.model_dump(mode="json")}
     note = ""
-    if for_open_clip:
-        files[CONFIG_FILE] = open_clip_config(config)
-        tensors = _open_clip_tensors(tensors, files[CONFIG_FILE]["model_cfg"])
+    if theirs is not None:
+        files[CONFIG_FILE] = theirs
+        tensors = _open_clip_tensors(tensors, theirs["model_cfg"])
         if config.text.tokenizer != "open_clip":
             note = f"open_clip will look for the tokenizer {config.text.tokenizer} in the folder: copy its files there"
     else:
-        note = "GPT-2 with an MLP projection is no open_clip text tower: exported as safetensors, for convclip only"
-    _write(folder, files, tensors, "open_clip_model.safetensors" if for_open_clip else "model.safetensors")
-    return Export(folder, for_open_clip, note)
+        towers = f"{config.image.backbone} with {config.text.kind} text"
+        note = f"open_clip has no {towers}: exported as safetensors, for convclip only"
+    _write(folder, files, tensors, "model.safetensors" if theirs is None else "open_clip_model.safetensors")
+    return Export(folder, theirs is not None, note)
 
 
 def load_export(folder: str | Path) -> tuple[DualTower, schema.Model]:
@@ -77,22 +72,12 @@ def load_export(folder: str | Path) -> tuple[DualTower, schema.Model]:
     return model.eval(), config
 
 
-def open_clip_config(config: schema.Model) -> dict[str, Any]:
-    """What open_clip_config.json says of a model with CLIP text: {"model_cfg", "preprocess_cfg"}."""
-    image, text = config.image, config.text
-    sizes = resnet_sizes(image.backbone)
-    if sizes is not None:
-        vision = {**sizes, "image_size": image.image_size}
-    else:
-        pool, projection = _HEADS.get(image.head, _AVERAGE)
-        vision = {"timm_model_name": image.backbone, "timm_model_pretrained": False, "image_size": image.image_size}
-        vision |= {"timm_pool": pool, "timm_proj": projection, "timm_drop": 0.0}
-        if image.drop_path:
-            vision["timm_drop_path"] = image.drop_path
-    names = ("context_length", "vocab_size", "width", "heads", "layers")
-    text_cfg: dict[str, Any] = {name: getattr(text, name) for name in names}
-    if text.tokenizer != "open_clip":
-        text_cfg["hf_tokenizer_name"] = text.tokenizer
+def open_clip_config(model: DualTower, config: schema.Model) -> dict[str, Any] | None:
+    """What open_clip_config.json says of `model`: {"model_cfg", "preprocess_cfg"}; None where open_clip has no such."""
+    vision, text_cfg = model.visual.open_clip_config(config), model.text.open_clip_config(config)
+    if vision is None or text_cfg is None:
+        return None
+    image = config.image
     preprocess = {"mean": list(image.mean), "std": list(image.std)}
     preprocess |= {"interpolation": "bicubic", "resize_mode": "shortest"}
     model_cfg = {"embed_dim": config.embed_dim, "vision_cfg": vision, "text_cfg": text_cfg}

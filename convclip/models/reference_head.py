@@ -29,7 +29,7 @@ class ReferenceHead(nn.Module):
         self.eval()
 
     def forward(self, features: Tensor) -> Tensor:
-        """`visual.feature_map(images)` [B, C, H, W] -> embeddings [B, D], not normalised."""
+        """The image tower's map at its `map_cut` [B, C, H, W] -> embeddings [B, D], not normalised."""
         return self.proj(self.norm(features.mean(dim=(2, 3))))
 
 

@@ -1,14 +1,13 @@
 """Released weights into a DualTower: timm trunks, GPT-2, and open_clip checkpoints of both towers.
 
-What a file holds must fit: a missing, left-over or misshapen tensor is a UserError that names it. Only these may stay
-new: the image head where the file has none or another kind, GPT-2's projection, and a logit bias.
+This file reads them and checks the fit; which name goes where is the tower's (`Tower.released_names`). A missing,
+left-over or misshapen tensor is a UserError that names it. Only a logit bias and what a tower declares
+(`Tower.may_be_new`: an image head, GPT-2's projection) may stay new.
 """
 
 from __future__ import annotations
 
 import json
-import re
-from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -19,19 +18,19 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from convclip import schema
+from convclip.models.clip_text import TOP_LEVEL_NAMES
 from convclip.models.dual_tower import DualTower
-from convclip.models.image_tower import build_trunk, resnet_sizes
+from convclip.models.tower import Tower
 from convclip.schema import UserError
 
 HUB = "hf-hub:"
+# In place of a file: the backbone's own release.
+TIMM = "timm"
 # Names under which weights lie in a folder or Hub repository, best first.
 WEIGHT_FILES = ("open_clip_model.safetensors", "open_clip_pytorch_model.bin", "model.safetensors", "pytorch_model.bin")
 CONFIG_FILE = "open_clip_config.json"
 
-# open_clip's CLIP hangs the text tower on the model itself; its CustomTextCLIP, and we, under `text.`.
-_TOP_LEVEL_TEXT = ("text_projection", "positional_embedding", "token_embedding.", "transformer.", "ln_final.")
 _NOT_WEIGHTS = ("attn_mask", "text.attn_mask", "input_resolution", "context_length", "vocab_size")
-_GPT2_NOT_WEIGHTS = re.compile(r"(h\.\d+\.attn\.(bias|masked_bias)|lm_head\.weight)$")
 
 Tensors = dict[str, Tensor]
 
@@ -51,13 +50,14 @@ def load_pretrained(model: DualTower, config: schema.Model) -> LoadReport:
     """
     found: Tensors = {}
     if config.pretrained:
-        found |= _fitting(model, _open_clip_tensors(model, read_weights(config.pretrained)), "", config.pretrained)
+        found |= _fitting(model, _both_towers(model, read_weights(config.pretrained)), "", config.pretrained)
     if config.image.pretrained:
-        tensors = _image_tensors(model, config.image)
-        found |= _fitting(model, tensors, "visual.", config.image.pretrained)
+        source = config.image.pretrained
+        raw = model.visual.timm_weights(config.image) if source == TIMM else read_weights(source)
+        found |= _fitting(model, _one_tower("visual.", model.visual, raw), "visual.", source)
     if config.text.pretrained:
-        tensors = _text_tensors(model, config.text)
-        found |= _fitting(model, tensors, "text.", config.text.pretrained)
+        source = config.text.pretrained
+        found |= _fitting(model, _one_tower("text.", model.text, read_weights(source)), "text.", source)
     _copy(model, found)
     return LoadReport(new=[name for name in model.state_dict() if name not in found], loaded=len(found))
 
@@ -67,7 +67,7 @@ def load_exact(model: DualTower, source: str | Path) -> int:
 
     Errors: UserError as `load_pretrained`, and for another head too.
     """
-    tensors = _fitting(model, open_clip_names(read_weights(str(source))), "", str(source), may_be_new=())
+    tensors = _fitting(model, open_clip_names(read_weights(str(source))), "", str(source), whole=True)
     _copy(model, tensors)
     return len(tensors)
 
@@ -99,66 +99,32 @@ def read_weights(source: str) -> Tensors:
 
 def open_clip_names(tensors: Tensors) -> Tensors:
     """An open_clip state_dict of either layout under DualTower's names, without what is no weight."""
-    named = {f"text.{name}" if name.startswith(_TOP_LEVEL_TEXT) else name: value for name, value in tensors.items()}
+    named = {f"text.{name}" if name.startswith(TOP_LEVEL_NAMES) else name: value for name, value in tensors.items()}
     return {name: value for name, value in named.items() if name not in _NOT_WEIGHTS}
 
 
-def _open_clip_tensors(model: DualTower, tensors: Tensors) -> Tensors:
-    """open_clip tensors under our names; without the image head where the model's is of another kind."""
-    tensors = open_clip_names(tensors)
-    if _head_parts(tensors) != _head_parts(model.state_dict()):
-        tensors = {name: value for name, value in tensors.items() if not name.startswith("visual.head.")}
-    return tensors
+def _both_towers(model: DualTower, raw: Tensors) -> Tensors:
+    """open_clip tensors under our names; without what the image tower has no use for, a head of another kind."""
+    tensors = open_clip_names(raw)
+    taken = model.visual.released_names(tensors)
+    return {name: value for name, value in tensors.items() if not name.startswith("visual.") or name in taken}
 
 
-def _head_parts(names: Iterable[str]) -> set[str]:
-    """Modules of a timm tower's head: pool, proj, mlp; empty for a ResNet's."""
-    return {name.split(".")[2] for name in names if name.startswith("visual.head.")}
+def _one_tower(part: str, tower: Tower, raw: Tensors) -> Tensors:
+    """One tower's tensors under our names, from its own release or a whole checkpoint."""
+    weights = {name: value for name, value in raw.items() if name not in _NOT_WEIGHTS}
+    return {part + own: weights[name] for name, own in tower.released_names(weights).items()}
 
 
-def _image_tensors(model: DualTower, config: schema.ImageTowerConfig) -> Tensors:
-    """The image tower's tensors from timm's release, a timm file, or the image part of an open_clip checkpoint."""
-    source = config.pretrained or ""
-    if source == "timm":
-        if resnet_sizes(config.backbone):
-            raise UserError(f"model.image.pretrained: timm has no {config.backbone}; name an open_clip checkpoint")
-        try:
-            return _under("visual.trunk.", build_trunk(config, pretrained=True).state_dict())
-        except (OSError, RuntimeError) as error:
-            raise UserError(
-                f"model.image.pretrained: timm's weights of {config.backbone} cannot be had ({_first_line(error)}); "
-                "where there is no network, name a downloaded file"
-            ) from None
-    raw = read_weights(source)
-    if any(name.startswith("visual.") for name in raw):
-        tensors = _open_clip_tensors(model, raw)
-        return {name: value for name, value in tensors.items() if name.startswith("visual.")}
-    classifier = getattr(getattr(model.visual, "trunk", None), "default_cfg", {}).get("classifier") or ()
-    heads = (classifier,) if isinstance(classifier, str) else tuple(classifier)
-    trunk = {name: v for name, v in raw.items() if not name.startswith(tuple(f"{head}." for head in heads))}
-    return _under("visual.trunk.", trunk)
+def _fitting(model: DualTower, tensors: Tensors, part: str, source: str, whole: bool = False) -> Tensors:
+    """`tensors`, if they are what the names of `model` that start with `part` need; else a UserError.
 
-
-def _text_tensors(model: DualTower, config: schema.TextTowerConfig) -> Tensors:
-    """The text tower's tensors from the text part of a whole checkpoint, or from a GPT-2 file."""
-    raw = read_weights(config.pretrained or "")
-    if config.kind == "clip" or any(name.startswith("text.") for name in raw):
-        return {name: value for name, value in open_clip_names(raw).items() if name.startswith("text.")}
-    bare = {name.removeprefix("transformer."): value for name, value in raw.items()}
-    return _under("text.transformer.", {name: v for name, v in bare.items() if not _GPT2_NOT_WEIGHTS.match(name)})
-
-
-def _fitting(
-    model: DualTower,
-    tensors: Tensors,
-    part: str,
-    source: str,
-    may_be_new: tuple[str, ...] = ("visual.head.", "text.proj.", "logit_bias"),
-) -> Tensors:
-    """`tensors`, if they are what the names of `model` that start with `part` need; else a UserError."""
+    `whole`: nothing may stay new.
+    """
     needed = {name: value.shape for name, value in model.state_dict().items() if name.startswith(part)}
+    declared = () if whole else _may_be_new(model)
     # A part may be new as a whole, never in pieces.
-    may_be_new = tuple(new for new in may_be_new if not any(name.startswith(new) for name in tensors))
+    may_be_new = tuple(new for new in declared if not any(name.startswith(new) for name in tensors))
     left_over = [name for name in tensors if name not in needed]
     missing = [name for name in needed if name not in tensors and not name.startswith(may_be_new)]
     if left_over or missing:
@@ -169,6 +135,11 @@ def _fitting(
         if tensor.shape != needed[name] and not tensor.numel() == needed[name].numel() == 1:
             raise UserError(f"{source}: {name} has shape {tuple(tensor.shape)}, the model's is {tuple(needed[name])}")
     return tensors
+
+
+def _may_be_new(model: DualTower) -> list[str]:
+    visual = [f"visual.{new}" for new in model.visual.may_be_new]
+    return [*visual, *(f"text.{new}" for new in model.text.may_be_new), "logit_bias"]
 
 
 @torch.no_grad()
@@ -224,10 +195,6 @@ def _refuse_quick_gelu(path: Path) -> None:
         raise UserError(f"{config}: no valid open_clip configuration; repair it, or move the weights away") from None
     if quick:
         raise UserError(f"{path}: trained with QuickGELU, which convclip's text tower does not have")
-
-
-def _under(prefix: str, tensors: Tensors) -> Tensors:
-    return {prefix + name: value for name, value in tensors.items()}
 
 
 def _some(names: list[str]) -> str:

@@ -30,6 +30,12 @@ class ImageTowerConfig(Section):
     std: tuple[Positive, Positive, Positive] = (0.26862954, 0.26130258, 0.27577711)
 
 
+# Where they differ from the fields' defaults: the sizes of each kind of text tower as it was released.
+RELEASED_SIZES: dict[str, dict[str, Any]] = {
+    "gpt2": {"width": 768, "heads": 12, "vocab_size": 50257, "tokenizer": "gpt2"},
+}
+
+
 class TextTowerConfig(Section):
     """The text tower: `clip` is open_clip's text transformer, `gpt2` Hugging Face GPT2Model + MLP projection."""
 
@@ -46,11 +52,10 @@ class TextTowerConfig(Section):
 
     @model_validator(mode="before")
     @classmethod
-    def _gpt2_defaults(cls, values: Any) -> Any:
-        """GPT-2's own sizes are the defaults of `kind: gpt2`, so that a recipe only names the kind."""
-        if isinstance(values, dict) and values.get("kind") == "gpt2":
-            gpt2 = {"width": 768, "heads": 12, "vocab_size": 50257, "tokenizer": "gpt2"}
-            return {**gpt2, **values}
+    def _defaults_of_kind(cls, values: Any) -> Any:
+        """A kind's released sizes are its defaults, so that a recipe only names the kind."""
+        if isinstance(values, dict) and isinstance(values.get("kind"), str):
+            return {**RELEASED_SIZES.get(values["kind"], {}), **values}
         return values
 
     @model_validator(mode="after")

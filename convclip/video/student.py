@@ -45,7 +45,7 @@ class VideoStudent(DualTower):
         nn.Module.__init__(self)
         self.visual, self.text, self.logit_scale = towers.visual, towers.text, towers.logit_scale
         self.reference = self.logit_bias = None
-        width = embed_width(towers)
+        width = towers.text.embed_dim
         self.mask_padding = mask_padding
         self.temporal = TemporalEncoder(width, temporal_layers)
         self.aggregation = FrameAggregation(width)
@@ -162,12 +162,6 @@ def mean_pool(frame_features: Tensor, n_frames: Tensor) -> Tensor:
 def video_student(towers: DualTower, video: schema.Video) -> VideoStudent:
     """The student that takes over `towers`, as the recipe's video section says."""
     return VideoStudent(towers, video.temporal_layers, video.temporal_init, video.mask_padding)
-
-
-def embed_width(towers: DualTower) -> int:
-    """The width D in which the towers' embeddings meet."""
-    text = towers.text
-    return text.text_projection.shape[-1] if hasattr(text, "text_projection") else text.proj[-1].out_features
 
 
 def _same_shape(source: Tensor | None, target: Tensor) -> bool:

@@ -28,7 +28,7 @@ from convclip.files import sha256_of
 from convclip.schema import Recipe, UserError
 from convclip.video.clip_loader import VideoEvaluationSet, load_video_set
 from convclip.video.msrvtt import tokenize_captions
-from convclip.video.student import VideoStudent, embed_width
+from convclip.video.student import VideoStudent
 from convclip.video.teachers import (
     CAPTION_CRC32,
     CAPTION_TO_VIDEO,
@@ -173,7 +173,7 @@ class TowersFeatures:
         self.recipe, self.data, self.dtype = recipe, data, dtype
         self.device = current_device()
         self.model = work.model.to(self.device, dtype).requires_grad_(False).eval()
-        width, name = embed_width(work.model), PRECISION_NAMES[dtype]
+        width, name = work.model.text.embed_dim, PRECISION_NAMES[dtype]
         self.arrays: dict[str, ArraySpec] = {}
         if work.frames:
             self.arrays[STUDENT_FRAMES] = ArraySpec((recipe.video.frames, width), name, "activation", "video")

@@ -6,7 +6,8 @@ from open_clip.modified_resnet import ModifiedResNet
 from open_clip.timm_model import TimmModel
 
 from convclip import schema
-from convclip.models.image_tower import ResNetTower, build_image_tower
+from convclip.models.openclip_resnet import OpenClipResNet
+from convclip.models.towers import build_image_tower
 
 # head -> open_clip's (pool, proj)
 OPEN_CLIP_HEADS = {
@@ -21,9 +22,9 @@ def tower(backbone: str = "convnextv2_atto", embed_dim: int = 32, **options):
     return build_image_tower(schema.ImageTowerConfig(backbone=backbone, image_size=64, **options), embed_dim)
 
 
-def small_resnet() -> ResNetTower:
+def small_resnet() -> OpenClipResNet:
     torch.manual_seed(0)
-    return ResNetTower(layers=[1, 2, 1, 1], output_dim=32, heads=4, image_size=64, width=8)
+    return OpenClipResNet(layers=[1, 2, 1, 1], output_dim=32, heads=4, image_size=64, width=8)
 
 
 def images(count: int = 2) -> torch.Tensor:
@@ -60,23 +61,24 @@ def test_resnet_sizes_come_from_open_clip(name, width):
 def test_every_cut_of_a_convnext_equals_the_whole(head):
     model = tower(head=head).eval()
     whole = model(images())
-    assert model.groups == 14 and model.boundaries == list(range(15))
-    for boundary in model.boundaries:
-        torch.testing.assert_close(model.forward_from(model.forward_prefix(images(), boundary), boundary), whole)
+    assert len(model.layer_groups()) == 14 and model.cuts == list(range(15))
+    for cut in model.cuts:
+        torch.testing.assert_close(model.forward_from(model.forward_prefix(images(), cut), cut), whole)
     torch.testing.assert_close(model.head(model.trunk(images())), whole)
 
 
 def test_every_cut_of_a_resnet_equals_the_whole():
     model = small_resnet().eval()
     whole = ModifiedResNet.forward(model, images())
-    for boundary in range(6):
-        part = model.forward_from(model.forward_prefix(images(), boundary), boundary)
+    assert model.cuts == list(range(6))
+    for cut in model.cuts:
+        part = model.forward_from(model.forward_prefix(images(), cut), cut)
         torch.testing.assert_close(part, whole, atol=1e-6, rtol=1e-5)
 
 
 def test_another_backbone_is_cut_at_its_ends_only():
     model = tower("resnet18").eval()
-    assert model.boundaries == [0, model.groups]
+    assert model.cuts == [0, len(model.layer_groups())] == [0, 9]
     whole = model(images())
     torch.testing.assert_close(model.forward_from(model.forward_prefix(images(), 9), 9), whole)
     with pytest.raises(ValueError, match=r"cannot be cut at layer group 3; it can at \[0, 9\]"):
@@ -86,16 +88,17 @@ def test_another_backbone_is_cut_at_its_ends_only():
 @pytest.mark.parametrize("backbone", ["convnextv2_atto", "resnet18", "RN50"])
 def test_feature_map_then_head_is_the_whole(backbone):
     model = tower(backbone, embed_dim=64).eval()
-    features = model.feature_map(images())
+    features = model.forward_prefix(images(), model.map_cut)
     assert features.ndim == 4 and features.shape[2:] == (2, 2)
-    torch.testing.assert_close(model.embed_map(features), model(images()), atol=1e-6, rtol=1e-5)
+    torch.testing.assert_close(model.forward_from(features, model.map_cut), model(images()), atol=1e-6, rtol=1e-5)
 
 
 def test_feature_map_of_a_convnext_comes_before_its_final_norm():
     attention, average = tower().eval(), tower(head="average_linear").eval()
     average.trunk.load_state_dict(attention.trunk.state_dict())
-    torch.testing.assert_close(attention.feature_map(images()), average.feature_map(images()))
-    torch.testing.assert_close(attention.feature_map(images()), average.trunk.forward_features(images()))
+    features = attention.forward_prefix(images(), attention.map_cut)
+    torch.testing.assert_close(features, average.forward_prefix(images(), average.map_cut))
+    torch.testing.assert_close(features, average.trunk.forward_features(images()))
 
 
 @pytest.mark.parametrize("build", [tower, small_resnet, lambda: tower("resnet18")])

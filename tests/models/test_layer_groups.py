@@ -118,7 +118,7 @@ def test_clip_text_unlocks_blocks_with_norm_and_projection(models):
 def test_resnet_groups_are_its_stem_and_stages(models):
     model = models["rn50"]
     groups = layer_groups(model, "image")
-    assert len(groups) == model.visual.groups == 5
+    assert len(groups) == len(model.visual.units()) == 5
     assert [group[0] for group in groups] == [
         "visual.conv1.weight",
         *(f"visual.layer{stage}.0.conv1.weight" for stage in (1, 2, 3, 4)),
@@ -141,7 +141,7 @@ def test_groups_are_disjoint_and_open_from_the_end(models, name, tower):
 
 @pytest.mark.parametrize("name", ["tiny_cliptext", "base", "rn50"])
 def test_groups_are_the_units_of_the_cut(models, name):
-    """Boundary b of forward_prefix runs exactly the parameters of the first b groups."""
+    """Cut b of forward_prefix runs exactly the parameters of the first b groups."""
     model = models[name]
     names = {id(p): name for name, p in model.named_parameters()}
     units = [{names[id(p)] for module in unit for p in module.parameters()} for unit in model.visual.units()]
@@ -154,12 +154,12 @@ def test_what_enters_a_text_group_is_the_work_of_the_groups_below(kind):
     text = {"kind": kind, "width": 8, "heads": 2, "layers": 3, "vocab_size": 20, "context_length": 8}
     model = build_model(schema.Model(embed_dim=4, image=image, text=text))
     groups = layer_groups(model, "text")
-    for boundary in range(1, len(groups) + 1):
+    for cut in range(1, len(groups) + 1):
         model.zero_grad()
-        _, (hidden, _) = model(texts=torch.tensor([[3, 4, 19, 0], [5, 19, 0, 0]]), stop=Cut(0, boundary))
+        _, (hidden, _) = model(texts=torch.tensor([[3, 4, 19, 0], [5, 19, 0, 0]]), stop=Cut(0, cut))
         hidden.sum().backward()
         worked = {name for name, parameter in model.named_parameters() if parameter.grad is not None}
-        assert worked == set(itertools.chain(*groups[:boundary]))
+        assert worked == set(itertools.chain(*groups[:cut]))
 
 
 @given(first=st.integers(1, 20), second=st.integers(1, 20))

@@ -8,7 +8,10 @@ from hypothesis import strategies as st
 from transformers import GPT2Config, GPT2Model
 
 from convclip import schema
-from convclip.models.text_tower import ClipText, Gpt2Text, build_text_tower, cut_to_longest
+from convclip.models.clip_text import ClipText
+from convclip.models.gpt2_text import Gpt2Text
+from convclip.models.tower import cut_to_longest
+from convclip.models.towers import build_text_tower
 
 CLIP = schema.TextTowerConfig(width=32, heads=4, layers=3, vocab_size=100, context_length=20)
 GPT2 = schema.TextTowerConfig(kind="gpt2", width=32, heads=4, layers=3, vocab_size=100, context_length=20)
@@ -66,7 +69,8 @@ def test_gpt2_projection_halves_the_way():
 @settings(max_examples=30, deadline=None)
 def test_only_padding_is_cut(lengths, padding):
     tokens = captions(lengths, padding)
-    short, ends = cut_to_longest(tokens)
+    ends = tower(CLIP).ends(tokens)
+    short = cut_to_longest(tokens, ends)
     assert ends.tolist() == [length - 1 for length in lengths]
     assert short.shape[1] >= max(lengths)
     assert torch.equal(short, tokens[:, : short.shape[1]])
@@ -85,8 +89,9 @@ def test_an_embedding_does_not_depend_on_its_batch(config):
 def test_in_two_parts_it_is_the_whole(config):
     model = tower(config).eval()
     whole = model(captions())
-    for boundary in range(1, 5):
-        assert torch.equal(model(model(captions(), 0, boundary), boundary), whole), boundary
+    assert model.cuts == list(range(5))
+    for cut in model.cuts:
+        assert torch.equal(model(model(captions(), 0, cut), cut), whole), cut
     middle = model(captions(), 0, 2)
     assert [x.shape for x in middle] == [(3, 16, 32), (3,)]
     assert [x.shape for x in model(middle, 2, 3)] == [(3, 16, 32), (3,)]

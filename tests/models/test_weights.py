@@ -86,7 +86,9 @@ def test_another_head_stays_new_and_is_reported(tmp_path, head):
     assert report.loaded == len(theirs.state_dict()) - 1
     torch.testing.assert_close(model.visual.trunk.head.norm.weight, theirs.visual.trunk.head.norm.weight)
     images, _ = batch()
-    torch.testing.assert_close(model.visual.feature_map(images), theirs.visual.trunk.forward_features(images))
+    torch.testing.assert_close(
+        model.visual.forward_prefix(images, model.visual.map_cut), theirs.visual.trunk.forward_features(images)
+    )
 
 
 def test_training_checkpoint_is_unwrapped(tmp_path):
@@ -103,7 +105,9 @@ def test_timm_trunk_without_its_classifier(tmp_path):
     assert not any(name.startswith("visual.trunk.") for name in report.new)
     assert any(name.startswith("visual.head.") for name in report.new) and "logit_scale" in report.new
     images, _ = batch()
-    torch.testing.assert_close(model.visual.feature_map(images), theirs.forward_features(images))
+    torch.testing.assert_close(
+        model.visual.forward_prefix(images, model.visual.map_cut), theirs.forward_features(images)
+    )
 
 
 def test_timm_trunk_with_batch_norm_statistics(tmp_path):
@@ -285,7 +289,9 @@ def test_reference_head_is_the_pretrained_models_own(tmp_path):
     model, _ = load(both_from=path)
     reference = load_reference_head(config(both_from=path))
     images, _ = batch()
-    torch.testing.assert_close(reference(model.visual.feature_map(images)), theirs.encode_image(images))
+    torch.testing.assert_close(
+        reference(model.visual.forward_prefix(images, model.visual.map_cut)), theirs.encode_image(images)
+    )
     assert not any(p.requires_grad for p in reference.parameters())
 
 

@@ -65,7 +65,7 @@ def frozen_work(model: DualTower, recipe: Recipe, stages: list[Stage]) -> Frozen
     boundaries = [frozen_cut(model, stage.trainable).image for stage in stages]
     if recipe.head_alignment is not None:
         # The reference head reads the map before the trunk's final norm.
-        boundaries = [min(boundary, model.visual.map_boundary) for boundary in boundaries]
+        boundaries = [min(boundary, model.visual.map_cut) for boundary in boundaries]
     return FrozenWork(
         boundary=min((boundary for boundary in boundaries if boundary), default=0) if boundaries[0] else 0,
         text=not any(name.startswith("text.") for name in stages[0].trainable),
