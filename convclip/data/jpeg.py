@@ -22,6 +22,7 @@ from typing import NamedTuple
 
 from PIL import Image
 
+from convclip.data.pixels import FORMATS, plain_picture
 from convclip.schema import MAX_PIXELS
 
 MAX_BYTES = 256 * 1024 * 1024
@@ -73,7 +74,7 @@ def _as_jpeg(data: bytes, shorter_side: int | None) -> Jpeg:
     stream = io.BytesIO(data)
     with warnings.catch_warnings():
         warnings.simplefilter("error", Image.DecompressionBombWarning)
-        image = Image.open(stream)
+        image = Image.open(stream, formats=FORMATS)
     with image:
         width, height = image.size
         if width * height > MAX_PIXELS:
@@ -81,7 +82,7 @@ def _as_jpeg(data: bytes, shorter_side: int | None) -> Jpeg:
         if shorter_side is not None and min(width, height) > shorter_side:
             return _scaled_down(image, shorter_side)
         if image.format != "JPEG" or image.mode not in ("L", "RGB"):
-            return _encoded(image.convert("RGB"))
+            return _encoded(_as_rgb(image))
         # Pillow has read up to the compressed data; a wrong place here would only mean a full decode.
         if "progressive" in image.info or not _looks_sound(data, stream.tell()):
             image.load()
@@ -99,7 +100,14 @@ def _scaled_down(image: Image.Image, shorter_side: int) -> Jpeg:
     size = (max(1, round(width * scale)), max(1, round(height * scale)))
     # JPEGs decode at 1/2, 1/4 or 1/8 of their size for less; twice the target leaves the bicubic filter enough to do.
     image.draft("RGB", (2 * size[0], 2 * size[1]))
-    return _encoded(image.convert("RGB").resize(size, Image.Resampling.BICUBIC))
+    return _encoded(_as_rgb(image).resize(size, Image.Resampling.BICUBIC))
+
+
+def _as_rgb(image: Image.Image) -> Image.Image:
+    """The picture as every way shows it (`plain_picture`), in RGB."""
+    image.load()
+    image = plain_picture(image)
+    return image if image.mode == "RGB" else image.convert("RGB")
 
 
 def _encoded(image: Image.Image) -> Jpeg:
