@@ -14,7 +14,6 @@ block; damaged Huffman and quantisation tables in the header are mostly left for
 from __future__ import annotations
 
 import io
-import os
 import re
 import warnings
 from pathlib import Path
@@ -22,6 +21,7 @@ from typing import NamedTuple
 
 from PIL import Image
 
+from convclip.data.local_files import read_regular, reason_of
 from convclip.data.pixels import FORMATS, plain_picture
 from convclip.schema import MAX_PIXELS
 
@@ -51,12 +51,9 @@ def read_jpeg(path: Path, shorter_side: int | None = None) -> Jpeg:
     that need no scaling keep their bytes. EXIF rotation is not applied, as open_clip does not. SkippedImage: see above.
     """
     try:
-        with path.open("rb") as file:
-            if os.fstat(file.fileno()).st_size > MAX_BYTES:
-                raise SkippedImage(f"more than {MAX_BYTES} bytes")
-            data = file.read()
-    except OSError as error:
-        raise SkippedImage(f"cannot be read: {error.strerror}") from None
+        data = read_regular(path, MAX_BYTES)
+    except (OSError, ValueError) as error:
+        raise SkippedImage(f"cannot be read: {reason_of(error)}") from None
     if not data:
         raise SkippedImage("empty file")
     try:

@@ -53,6 +53,10 @@ class SampleSource(Protocol):
     """int64 [N]: captions of each image, at least 1."""
     shard: np.ndarray
     """int32 [N], ascending: number of the shard an image lies in."""
+    damage: list[str]
+    """A line for each shard of which a part cannot be read."""
+    lost: int
+    """About how many samples that part held."""
 
     def describe(self) -> str:
         """One line for the log."""

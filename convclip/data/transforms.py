@@ -16,6 +16,8 @@ from torch.utils.data import default_collate
 
 CROP_RATIO = (3 / 4, 4 / 3)
 CROP_ATTEMPTS = 10
+# Pictures longer than this many times their shorter side are cropped before they are resized.
+LONGEST = 20
 # The random stream of views; apart from those of convclip.data.order and loader.
 VIEW = 4
 
@@ -52,10 +54,16 @@ class EvalTransform:
             resized = (self.size, int(self.size * height / width))
         else:
             resized = (int(self.size * width / height), self.size)
-        if resized != image.size:
-            image = image.resize(resized, Image.Resampling.BICUBIC)
         left = round((resized[0] - self.size) / 2)
         top = round((resized[1] - self.size) / 2)
+        if max(resized) > LONGEST * self.size:
+            # A strip: the same pixels up to rounding from its middle alone. Whole, 1 x 60,000 would take gigabytes.
+            # Pillow's filter sees the pixels beside the box too.
+            across, down = width / resized[0], height / resized[1]
+            box = (left * across, top * down, (left + self.size) * across, (top + self.size) * down)
+            return _to_tensor(image.resize((self.size, self.size), Image.Resampling.BICUBIC, box=box))
+        if resized != image.size:
+            image = image.resize(resized, Image.Resampling.BICUBIC)
         return _to_tensor(image.crop((left, top, left + self.size, top + self.size)))
 
 
