@@ -48,22 +48,17 @@ class EvalTransform:
     size: int
 
     def __call__(self, image: Image.Image, generator: np.random.Generator | None = None) -> torch.Tensor:
+        image = _without_ends(image)
         width, height = image.size
         # int(), not round(): torchvision's rule for the longer side.
         if width <= height:
             resized = (self.size, int(self.size * height / width))
         else:
             resized = (int(self.size * width / height), self.size)
-        left = round((resized[0] - self.size) / 2)
-        top = round((resized[1] - self.size) / 2)
-        if max(resized) > LONGEST * self.size:
-            # A strip: the same pixels up to rounding from its middle alone. Whole, 1 x 60,000 would take gigabytes.
-            # Pillow's filter sees the pixels beside the box too.
-            across, down = width / resized[0], height / resized[1]
-            box = (left * across, top * down, (left + self.size) * across, (top + self.size) * down)
-            return _to_tensor(image.resize((self.size, self.size), Image.Resampling.BICUBIC, box=box))
         if resized != image.size:
             image = image.resize(resized, Image.Resampling.BICUBIC)
+        left = round((resized[0] - self.size) / 2)
+        top = round((resized[1] - self.size) / 2)
         return _to_tensor(image.crop((left, top, left + self.size, top + self.size)))
 
 
@@ -120,6 +115,18 @@ def random_crop_box(
     elif width / height > CROP_RATIO[1]:
         crop_width = max(1, round(height * CROP_RATIO[1]))
     return (width - crop_width) // 2, (height - crop_height) // 2, crop_width, crop_height
+
+
+def _without_ends(image: Image.Image) -> Image.Image:
+    """The middle of a strip, LONGEST times as long as wide; others as they are. Whole, 1 x 60,000 takes gigabytes."""
+    width, height = image.size
+    kept = LONGEST * min(width, height)
+    if max(width, height) <= kept:
+        return image
+    # An even number goes, so that the middle stays.
+    ends = (max(width, height) - kept) // 2
+    box = (ends, 0, width - ends, height) if width > height else (0, ends, width, height - ends)
+    return image.crop(box)
 
 
 def stack_images(images: list[torch.Tensor]) -> torch.Tensor:
