@@ -165,17 +165,18 @@ def _add(samples: Members, member: tarfile.TarInfo) -> None:
 
 
 def _end(samples: Members, stream: _Headers, offset: int, size: int, path: str) -> Damage | None:
-    """What is wrong with the end of a tar file, whose last member ends at `offset`: zeros should follow, nothing else.
+    """What is wrong with the end of a tar file, where tarfile stopped at `offset`: zeros should follow, nothing else.
 
-    Zeros in place of a header look like the end to a reader; what comes behind them shows that they are none.
+    It stops without a word at a header that is damaged or short, and at zeros in place of one.
     """
-    at = offset
+    first = stream.read(tarfile.BLOCKSIZE)
+    if len(first) < tarfile.BLOCKSIZE:
+        return Damage("ends without its end-of-archive mark", size, 1)
+    if any(first):
+        return Damage("holds a damaged header", offset, _estimate(samples, offset, size))
     while block := stream.read(BLOCK):
         if any(block):
             return Damage("goes on behind its end-of-archive mark", offset, _estimate(samples, offset, size))
-        at += len(block)
-    if at - offset < tarfile.BLOCKSIZE:
-        return Damage("ends without its end-of-archive mark", size, 1)
     if not samples and size > tarfile.RECORDSIZE and not offset:
         raise UserError(f"shard {path} is no readable tar file ({size} bytes of zeros): copy or build it again")
     return None

@@ -137,9 +137,12 @@ def _split_of_rows(rows: list[dict[str, str]]) -> VideoSplit:
 
 
 def _read_sentences(path: Path) -> list[dict[str, Any]]:
-    content = read_json(path, "annotations")
-    sentences = content.get("sentences") if isinstance(content, dict) else None
     what = "MSR-VTT's JSON (sentences of sen_id, video_id, caption)"
+    try:
+        content = read_json(path, "the file")
+    except UserError as error:
+        raise UserError(f"annotations {path} are not {what}: {error}") from None
+    sentences = content.get("sentences") if isinstance(content, dict) else None
     if not isinstance(sentences, list):
         raise UserError(f"annotations {path} are not {what}: no list under the key 'sentences'")
     for number, sentence in enumerate(sentences):
