@@ -8,9 +8,7 @@ from __future__ import annotations
 
 import glob
 import hashlib
-import itertools
 import json
-import math
 import os
 import re
 from concurrent.futures import ThreadPoolExecutor
@@ -30,11 +28,13 @@ from convclip.schema import Data, UserError
 
 WIDS_KIND = "wids-shard-index-v1"
 FETCHES_AT_ONCE = 4
-MAX_SHARDS = 1_000_000
+MAX_SHARDS = 100_000
 # Far more than any image has; the order of an epoch has a row for each.
 MAX_CAPTIONS = 10_000
-# Digits of an integer in a range of braces, as in {000000..000117}.
-RANGE = re.compile(r"\{(-?\d{1,4000})\.\.(-?\d{1,4000})(?:\.\.-?\d+)?\}")
+# A range of numbers or letters ({000000..000117}), a single brace or comma, or one with a backslash, which is none.
+BRACES = re.compile(
+    r"\\.|\{(?P<first>-?\d{1,4000}(?=\.\.-?\d)|[A-Za-z](?=\.\.[A-Za-z]))\.\.(?P<last>-?\d{1,4000}|[A-Za-z])(?:\.\.-?\d+)?\}|[{},]"
+)
 SHOWN = 200
 BLOCK = 1 << 20
 
@@ -112,21 +112,35 @@ def _expand(part: str) -> list[Shard]:
 
 
 def _expand_braces(part: str) -> list[str]:
-    # Before the library sees it: it would list every number of a range first.
-    spans = [abs(int(last) - int(first)) + 1 for first, last in RANGE.findall(part)]
+    # Counted before the library sees it, which would write out 1e11 names.
+    if _brace_count(part) > MAX_SHARDS:
+        raise UserError(f"data address {part[:SHOWN]!r} stands for more than {MAX_SHARDS:,} shards: check its braces")
     try:
-        names = list(itertools.islice(braceexpand.braceexpand(part), MAX_SHARDS + 1)) if _is_small(spans) else None
-    except (ValueError, RecursionError):  # unbalanced braces, a step of 0, nesting without end
+        return list(braceexpand.braceexpand(part))
+    except (ValueError, RecursionError):  # unbalanced braces, nesting without end
         raise UserError(
             f"data address {part[:SHOWN]!r} has unbalanced braces: write it like train-{{000000..000117}}.tar"
         ) from None
-    if names is None or len(names) > MAX_SHARDS:
-        raise UserError(f"data address {part[:SHOWN]!r} stands for more than {MAX_SHARDS:,} shards: check its braces")
-    return names
 
 
-def _is_small(spans: list[int]) -> bool:
-    return math.prod(spans) <= MAX_SHARDS
+def _brace_count(part: str) -> int:
+    """How many names a brace pattern stands for: alternatives add up, groups behind one another multiply."""
+    groups = [[0, 1]]  # [alternatives before the present one, names of the present one], innermost last
+    for token in BRACES.finditer(part):
+        first, last = token.group("first"), token.group("last")
+        if first is not None:
+            numbers = int(last) - int(first) if first.lstrip("-").isdigit() else ord(last) - ord(first)
+            groups[-1][1] *= abs(numbers) + 1
+        elif token.group() == "{":
+            groups.append([0, 1])
+        elif len(groups) > 1 and token.group() == ",":
+            groups[-1] = [sum(groups[-1]), 1]
+        elif len(groups) > 1 and token.group() == "}":
+            names = sum(groups.pop())
+            groups[-1][1] *= names
+        if groups[-1][1] > MAX_SHARDS:
+            break
+    return sum(groups[-1])
 
 
 def _match(name: str) -> list[str]:

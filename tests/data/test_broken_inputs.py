@@ -4,11 +4,13 @@ import json
 import logging
 import re
 
+import braceexpand
 import pytest
 
 from convclip.data.coco import read_coco
 from convclip.data.evaluation_set import load_evaluation_set
 from convclip.data.loader import TrainLoader
+from convclip.data.shards import _brace_count
 from convclip.data.transforms import EvalTransform, TrainTransform
 from convclip.models.weights import read_weights
 from convclip.schema import BatchConfig, Data, UserError
@@ -151,3 +153,17 @@ def test_karpathys_files(tmp_path):
             (1, "b.jpg", ("z",)),
         ]
         assert sorted(n for image in found for n in image.caption_ids) == [0, 1, 2, 3]
+
+
+def test_names_of_a_brace_pattern_are_counted():
+    for pattern in (
+        "a",
+        "{0..9}",
+        "{9..0}x{a,b}",
+        "{a,b{0..3}c,{d,e}{f,g}}",
+        "{a}",
+        "a,b",
+        "{a..e}{-2..2}",
+        r"\{a,b\}",
+    ):
+        assert _brace_count(pattern) == len(list(braceexpand.braceexpand(pattern))), pattern
