@@ -31,7 +31,7 @@ TABLE_VERSION = 2
 # A bound on what one sample may make us read; far above any real one.
 MAX_IMAGE_BYTES = 1 << 28
 # Shards with an md5sum in their index are compared with it once, if all together have no more bytes than this: about
-# two seconds. Larger sets are compared by tools/check_data.py; sizes are compared at every start.
+# two seconds. Larger sets are left to tools that read every byte; sizes are compared at every start.
 HASHED_AT_START = 1 << 30
 OPEN_SHARDS = 128
 
