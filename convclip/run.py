@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from convclip.config import load_recipe
+from convclip.data.workers import plain_worker_errors
 from convclip.devices import PRECISIONS, current_device
 from convclip.distributed import barrier, is_main, world_size
 from convclip.engine.meters import logger
@@ -28,6 +29,7 @@ def plan_recipe(recipe: Recipe, ds_config: Mapping[str, Any] | None = None, worl
     return make_plan(open_task(recipe), ds_config, world)
 
 
+@plain_worker_errors()
 def train_recipe(recipe: Recipe, ds_config: str | Path, folder: str | Path, resume: str = "never") -> dict[str, Any]:
     """Train `recipe` in this process group and return the summary.
 
@@ -61,6 +63,7 @@ def train_recipe(recipe: Recipe, ds_config: str | Path, folder: str | Path, resu
     return summary
 
 
+@plain_worker_errors()
 def evaluate_checkpoint(
     place: str | Path,
     data: str,

@@ -1,6 +1,7 @@
 """Write a CSV table of (filepath, title), one row per caption, from captions in COCO's layout.
 
     python tools/make_coco_csv.py --annotations captions_train2017.json --images train2017 --output train.csv
+        [--split train]
 
 open_clip reads it with --csv-img-key filepath --csv-caption-key title --csv-separator ",". `filepath` is the image
 folder as given joined with the file name, so a relative folder makes a table that is read from the same directory.
@@ -21,9 +22,9 @@ from convclip.files import whole_file
 from convclip.schema import UserError
 
 
-def make_coco_csv(annotations: Path, folder: Path, output: Path) -> tuple[int, int]:
+def make_coco_csv(annotations: Path, folder: Path, output: Path, split: str | None = None) -> tuple[int, int]:
     """Write the table and return how many (rows, images) it holds; the file appears whole or not at all."""
-    images = read_coco(annotations)
+    images = read_coco(annotations, split)
     missing_files(images, folder, "check --images")
     rows = [(str(folder / image.file_name), caption) for image in images for caption in image.captions]
     if not rows:
@@ -37,14 +38,17 @@ def make_coco_csv(annotations: Path, folder: Path, output: Path) -> tuple[int, i
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--annotations", type=Path, required=True, help="COCO captions file (.json or .json.gz)")
+    parser.add_argument(
+        "--annotations", type=Path, required=True, help="COCO's or Karpathy's captions (.json or .json.gz)"
+    )
     parser.add_argument("--images", type=Path, required=True, help="folder of the image files")
     parser.add_argument("--output", type=Path, required=True, help="CSV file to write")
+    parser.add_argument("--split", help="of Karpathy's splits, the one to take; train takes restval too")
     return run("make_coco_csv", make, parser.parse_args(), ", nothing was written")
 
 
 def make(args: argparse.Namespace) -> None:
-    rows, images = make_coco_csv(args.annotations, args.images, args.output)
+    rows, images = make_coco_csv(args.annotations, args.images, args.output, args.split)
     print(f"{args.output}: {rows} rows of {images} images")
 
 

@@ -6,6 +6,9 @@
     python tools/make_shards.py --kind video --videos VideoData --split_csv MSRVTT_train.9k.csv MSRVTT_JSFUSION_test.csv
         --output_dir frames [--resize 224] [--frames 12] [--fps 1] [--workers N]
 
+Annotations are COCO's, or Karpathy's (dataset_coco.json, dataset_flickr30k.json, whose --images is the folder above
+train2014): of these --split names the images taken, and `train` takes those of `restval` too.
+
 A stopped run goes on where it was when the same command is given again. Pictures that cannot be used are listed in
 <split>.skipped.jsonl; which they are: convclip/data/jpeg.py.
 """
@@ -24,13 +27,16 @@ from convclip.data.jpeg import QUALITY
 from convclip.data.shard_writer import image_members, reasons, skipped_entry, write_shards
 from convclip.schema import UserError
 
+# Beyond these nothing sensible is meant, and memory runs out.
+LARGEST = {"workers": 1024, "frames": 1000, "fps": 240, "resize": 4096}
+
 
 def make_shards(args: argparse.Namespace) -> None:
     for name in ("samples_per_shard", "workers", "resize"):
         value = getattr(args, name)
         if value is not None and value < 1:
             raise UserError(f"--{name} {value}: must be at least 1")
-    images = read_coco(args.annotations)
+    images = read_coco(args.annotations, args.split)
     remedy = None if args.skip_missing else "check --images, or pass --skip_missing to go on without them"
     missing = set(missing_files(images, args.images, remedy))
     skipped = [skipped_entry(image, "missing file") for image in images if image.file_name in missing]
@@ -63,8 +69,9 @@ def make_frame_store(args: argparse.Namespace) -> None:
 
     for name in ("workers", "frames", "fps", "resize"):
         value = getattr(args, name)
-        if value is not None and value <= 0:
-            raise UserError(f"--{name} {value}: must be more than 0")
+        # Written so that it is true of NaN too.
+        if value is not None and not 0 < value <= LARGEST[name]:
+            raise UserError(f"--{name} {value}: must be more than 0 and at most {LARGEST[name]}")
     names = dict.fromkeys(name for path in args.split_csv for name in read_video_ids(path))
     wanted = {"size": args.resize, "frames": args.frames, "fps": args.fps}
     settings = FrameSettings(**{name: value for name, value in wanted.items() if value is not None})
@@ -88,9 +95,11 @@ def make(args: argparse.Namespace) -> None:
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--kind", choices=["image", "video"], default="image")
-    parser.add_argument("--annotations", type=Path, help="image: COCO captions file (.json or .json.gz)")
+    parser.add_argument("--annotations", type=Path, help="image: COCO's or Karpathy's captions (.json or .json.gz)")
     parser.add_argument("--images", type=Path, help="image: folder of the image files")
-    parser.add_argument("--split", help="image: name of the shards, <split>-000000.tar")
+    parser.add_argument(
+        "--split", help="image: name of the shards, <split>-000000.tar; of Karpathy's splits, the one to take"
+    )
     parser.add_argument("--videos", type=Path, help="video: folder of the video files")
     parser.add_argument("--split_csv", type=Path, nargs="+", help="video: CSVs with a column video_id")
     parser.add_argument("--frames", type=int, help="video: frames kept of each; default: 12")

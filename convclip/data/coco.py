@@ -1,23 +1,27 @@
 """Annotations in COCO's layout: `images[]{id, file_name}` and `annotations[]{id, image_id, caption}`.
 
-COCO's own captions_*.json and any data set written the same way (Flickr8k, make_demo_data.py). Imports no torch.
+COCO's own captions_*.json and any data set written the same way (make_demo_data.py); Karpathy's files are turned into
+this layout first (karpathy.py). Imports no torch.
 """
 
 from __future__ import annotations
 
-import gzip
 import json
 import os
-import zlib
+import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 from typing import Any
 
+from convclip.data.karpathy import as_coco
+from convclip.data.local_files import read_json
 from convclip.schema import UserError
 
 # Image and caption ids travel as int64 in a batch.
 MAX_ID = 2**63 - 1
+# JSON can spell half a character (\\ud83d), which no UTF-8 file can hold.
+SURROGATE = re.compile("[\ud800-\udfff]")
 
 
 @dataclass(frozen=True)
@@ -30,18 +34,22 @@ class CocoImage:
     caption_ids: tuple[int, ...]
 
 
-def read_coco(annotations: Path) -> list[CocoImage]:
+def read_coco(annotations: Path, split: str | None = None) -> list[CocoImage]:
     """Read an annotations file (.json or .json.gz) into one entry per image, in the file's order.
+
+    COCO's layout or Karpathy's; `split` chooses the images where a file has several splits (karpathy.py says how).
 
     Captions of white space only are left out; an image may so have none. UserError names the file and, where it
     concerns many entries, their count and the first three: not JSON, a missing key, a value of the wrong type, an id
-    that stands twice, a file name that leaves the images' folder, an annotation of an image that is not listed.
+    that stands twice, a file name that leaves the images' folder, an annotation of an image that is not listed, text
+    that no UTF-8 file can hold.
     """
-    table = _load(annotations)
+    table = _load(annotations, split)
     images, rows = table["images"], table["annotations"]
     _check(annotations, "images entries without an integer id and a file_name", images, _is_image)
     _check(annotations, "images entries with a file_name outside the images' folder", images, _stays_inside)
     _check(annotations, "annotations without an integer id, image_id and a caption", rows, _is_annotation)
+    _check(annotations, "annotations with half a character (a lone surrogate) in the caption", rows, _is_text)
     captions: dict[int, list[tuple[str, int]]] = {image["id"]: [] for image in images}
     if len(captions) != len(images):
         raise UserError(f"{annotations}: {len(images) - len(captions)} of {len(images)} image ids stand more than once")
@@ -75,7 +83,7 @@ def missing_files(images: Sequence[CocoImage], folder: Path, remedy: str | None 
     missing = [
         image.file_name
         for image in images
-        if image.file_name not in present and not ("/" in image.file_name and (folder / image.file_name).is_file())
+        if image.file_name not in present and not ("/" in image.file_name and os.path.isfile(folder / image.file_name))
     ]
     if missing and remedy:
         shown = _first_three([repr(name) for name in missing])
@@ -83,18 +91,15 @@ def missing_files(images: Sequence[CocoImage], folder: Path, remedy: str | None 
     return missing
 
 
-def _load(annotations: Path) -> dict[str, list[Any]]:
-    try:
-        data = annotations.read_bytes()
-        table = json.loads(gzip.decompress(data) if annotations.suffix == ".gz" else data)
-    except (OSError, EOFError, zlib.error) as error:
-        reason = getattr(error, "strerror", None) or error
-        raise UserError(f"annotations {annotations} cannot be read: {reason}") from None
-    except (ValueError, RecursionError) as error:
-        raise UserError(f"annotations {annotations}: not JSON: {error}") from None
+def _load(annotations: Path, split: str | None) -> dict[str, list[Any]]:
+    content = read_json(annotations, "annotations")
+    table = as_coco(annotations, content, split) or content
     for key in ("images", "annotations"):
         if not isinstance(table, dict) or not isinstance(table.get(key), list):
-            raise UserError(f"annotations {annotations}: no list under the key {key!r}, so not COCO's caption layout")
+            raise UserError(
+                f"annotations {annotations}: no list under the key {key!r}, so neither COCO's caption layout nor "
+                "Karpathy's (images with sentences, or a list of image and caption)"
+            )
     return table
 
 
@@ -119,7 +124,12 @@ def _is_image(entry: Any) -> bool:
 
 def _stays_inside(image: dict[str, Any]) -> bool:
     path = PurePosixPath(image["file_name"])
-    return bool(path.name) and not path.is_absolute() and ".." not in path.parts and "\0" not in image["file_name"]
+    outside = path.is_absolute() or ".." in path.parts or "\0" in image["file_name"]
+    return bool(path.name) and not outside and not SURROGATE.search(image["file_name"])
+
+
+def _is_text(annotation: dict[str, Any]) -> bool:
+    return not SURROGATE.search(annotation["caption"])
 
 
 def _is_annotation(entry: Any) -> bool:

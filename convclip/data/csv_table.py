@@ -7,15 +7,21 @@ from __future__ import annotations
 
 import csv
 import os
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
 
+from convclip.data.local_files import read_regular, reason_of, refuse_irregular
 from convclip.data.samples import BrokenSample, Captions
 from convclip.schema import Data, UserError
 
 # Images looked for at start: a wrong folder shows there, one lost image does not.
 PROBED_IMAGES = 20
+MAX_IMAGE_BYTES = 1 << 28
+# Python's own bound on a cell, 131,072 characters, would cost the file for one long caption, which costs its row here.
+MAX_CELL = 1 << 22
+SHOWN = 200
 
 
 class CsvTable:
@@ -36,6 +42,8 @@ class CsvTable:
         self._read(data)
         if not self.images:
             raise UserError(f"{path} holds no rows below its header")
+        self.damage: list[str] = []
+        self.lost = 0
         self.counts = np.array([len(texts) for texts in self.texts], dtype=np.int64)
         self.shard = np.zeros(len(self.images), dtype=np.int32)
         self.folder = self._find_folder()
@@ -55,16 +63,17 @@ class CsvTable:
     def read_image(self, image: int) -> bytes:
         """The image file's bytes."""
         try:
-            return self._locate(image).read_bytes()
+            return read_regular(self._locate(image), MAX_IMAGE_BYTES)
         except (OSError, ValueError) as error:
-            reason = getattr(error, "strerror", None) or str(error)
-            raise BrokenSample(f"{self.name(image)}: {reason}") from None
+            raise BrokenSample(f"{self.name(image)}: {reason_of(error)}") from None
 
     def _locate(self, image: int) -> Path:
         return self.folder / self.images[image]
 
     def _read(self, data: Data) -> None:
         # surrogateescape: a caption in another encoding breaks its own row when it is read, not the file.
+        refuse_irregular(self.path, "data file")
+        csv.field_size_limit(MAX_CELL)
         try:
             with open(self.path, newline="", encoding="utf-8-sig", errors="surrogateescape") as file:
                 reader = csv.DictReader(file, delimiter=_separator(data.csv_separator))
@@ -75,13 +84,15 @@ class CsvTable:
         except csv.Error as error:
             raise UserError(f"{self.path} is no readable CSV file ({error})") from None
 
-    def _check_columns(self, present: list[str] | tuple[str, ...], data: Data) -> None:
+    def _check_columns(self, present: Sequence[str], data: Data) -> None:
         for key, field in ((data.csv_image_key, "csv_image_key"), (data.csv_caption_key, "csv_caption_key")):
             if key not in present:
                 raise UserError(
                     f"{self.path} has no column {key!r}; with separator {data.csv_separator!r} its columns are "
                     f"{', '.join(map(repr, present)) or 'none'}: set data.{field} or data.csv_separator"
                 )
+            if present.count(key) > 1:
+                raise UserError(f"{self.path} has {present.count(key)} columns {key!r}: rename or remove all but one")
 
     def _group(self, reader: csv.DictReader, data: Data) -> None:
         numbers: dict[str, int] = {}
@@ -100,11 +111,11 @@ class CsvTable:
         """The folder that relative image paths are relative to."""
         first = self.images[:PROBED_IMAGES]
         here, beside = Path.cwd(), Path(self.path).resolve().parent
-        found = {folder: sum((folder / image).is_file() for image in first) for folder in (here, beside)}
+        found = {folder: sum(os.path.isfile(folder / image) for image in first) for folder in (here, beside)}
         if not any(found.values()):
             raise UserError(
-                f"none of the first {len(first)} images of {self.path} exists, the first is {first[0]}: relative paths "
-                f"are relative to the present folder or to the CSV file's"
+                f"none of the first {len(first)} images of {self.path} exists, the first is {first[0][:SHOWN]}: "
+                f"relative paths are relative to the present folder or to the CSV file's"
             )
         return max(found, key=found.get)
 

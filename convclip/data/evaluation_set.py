@@ -13,10 +13,11 @@ from PIL import Image
 from torch.utils.data import DataLoader, Dataset
 from tqdm import tqdm
 
-from convclip.data.loader import Transform, open_source, plain_worker_errors
+from convclip.data.loader import Transform, open_source
 from convclip.data.samples import BrokenSample, Captions, SampleSource, check_image, decode_image
 from convclip.data.tokenizers import Tokenizer
 from convclip.data.transforms import Views, stack_images
+from convclip.data.workers import plain_worker_errors
 from convclip.distributed import is_main
 from convclip.schema import Data, UserError
 
@@ -83,7 +84,7 @@ def load_evaluation_set(address: str, data: Data, transform: Transform, tokenize
     """
     source = open_source(address, data)
     total = len(source.counts)
-    broken: list[str] = []
+    broken: list[str] = list(source.damage)
     images, image_ids, captions, caption_ids, image_of_text = [], [], [], [], []
     checks = _checks(source, data)
     progress = tqdm(checks, f"checking {address}", total, unit="image", delay=2, disable=not is_main())
@@ -96,10 +97,10 @@ def load_evaluation_set(address: str, data: Data, transform: Transform, tokenize
         caption_ids.extend(found.ids)
         images.append(image)
         image_ids.append(found.image_id)
-    dropped = total - len(images)
-    if not images or dropped > data.max_broken_share * total:
+    dropped, promised = total - len(images) + source.lost, total + source.lost
+    if not images or dropped > data.max_broken_share * promised:
         raise UserError(
-            f"{dropped} of {total} images of {address} are broken, the first is {broken[0]}: more than "
+            f"{dropped} of {promised} images of {address} are broken, the first is {broken[0]}: more than "
             f"data.max_broken_share {data.max_broken_share} allows"
         )
     return EvaluationSet(

@@ -14,7 +14,6 @@ block; damaged Huffman and quantisation tables in the header are mostly left for
 from __future__ import annotations
 
 import io
-import os
 import re
 import warnings
 from pathlib import Path
@@ -22,6 +21,8 @@ from typing import NamedTuple
 
 from PIL import Image
 
+from convclip.data.local_files import read_regular, reason_of
+from convclip.data.pixels import FORMATS, plain_picture
 from convclip.schema import MAX_PIXELS
 
 MAX_BYTES = 256 * 1024 * 1024
@@ -50,12 +51,9 @@ def read_jpeg(path: Path, shorter_side: int | None = None) -> Jpeg:
     that need no scaling keep their bytes. EXIF rotation is not applied, as open_clip does not. SkippedImage: see above.
     """
     try:
-        with path.open("rb") as file:
-            if os.fstat(file.fileno()).st_size > MAX_BYTES:
-                raise SkippedImage(f"more than {MAX_BYTES} bytes")
-            data = file.read()
-    except OSError as error:
-        raise SkippedImage(f"cannot be read: {error.strerror}") from None
+        data = read_regular(path, MAX_BYTES)
+    except (OSError, ValueError) as error:
+        raise SkippedImage(f"cannot be read: {reason_of(error)}") from None
     if not data:
         raise SkippedImage("empty file")
     try:
@@ -73,7 +71,7 @@ def _as_jpeg(data: bytes, shorter_side: int | None) -> Jpeg:
     stream = io.BytesIO(data)
     with warnings.catch_warnings():
         warnings.simplefilter("error", Image.DecompressionBombWarning)
-        image = Image.open(stream)
+        image = Image.open(stream, formats=FORMATS)
     with image:
         width, height = image.size
         if width * height > MAX_PIXELS:
@@ -81,7 +79,7 @@ def _as_jpeg(data: bytes, shorter_side: int | None) -> Jpeg:
         if shorter_side is not None and min(width, height) > shorter_side:
             return _scaled_down(image, shorter_side)
         if image.format != "JPEG" or image.mode not in ("L", "RGB"):
-            return _encoded(image.convert("RGB"))
+            return _encoded(_as_rgb(image))
         # Pillow has read up to the compressed data; a wrong place here would only mean a full decode.
         if "progressive" in image.info or not _looks_sound(data, stream.tell()):
             image.load()
@@ -99,7 +97,14 @@ def _scaled_down(image: Image.Image, shorter_side: int) -> Jpeg:
     size = (max(1, round(width * scale)), max(1, round(height * scale)))
     # JPEGs decode at 1/2, 1/4 or 1/8 of their size for less; twice the target leaves the bicubic filter enough to do.
     image.draft("RGB", (2 * size[0], 2 * size[1]))
-    return _encoded(image.convert("RGB").resize(size, Image.Resampling.BICUBIC))
+    return _encoded(_as_rgb(image).resize(size, Image.Resampling.BICUBIC))
+
+
+def _as_rgb(image: Image.Image) -> Image.Image:
+    """The picture as every way shows it (`plain_picture`), in RGB."""
+    image.load()
+    image = plain_picture(image)
+    return image if image.mode == "RGB" else image.convert("RGB")
 
 
 def _encoded(image: Image.Image) -> Jpeg:

@@ -7,8 +7,8 @@ Shapes: B micro batch, S image side, T tokens.
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Protocol, TypedDict
 
@@ -17,13 +17,15 @@ import torch
 from PIL import Image
 from torch.utils.data import DataLoader, Dataset
 
-from convclip.data.csv_table import CsvTable
 from convclip.data.order import EpochOrder, epoch_order, micro_batch, rows_per_epoch
 from convclip.data.samples import BrokenSample, SampleSource, decode_image
-from convclip.data.shard_table import ShardTable
+from convclip.data.sources import open_source
 from convclip.data.tokenizers import Tokenizer
 from convclip.data.transforms import Views, stack_images
+from convclip.data.workers import plain_worker_errors
 from convclip.schema import BatchConfig, Data, UserError
+
+log = logging.getLogger(__name__)
 
 Transform = Callable[[Image.Image, np.random.Generator], torch.Tensor]
 
@@ -31,33 +33,6 @@ Transform = Callable[[Image.Image, np.random.Generator], torch.Tensor]
 AUGMENTATION, REPLACEMENT = 2, 3
 REPLACEMENTS = 20
 SAMPLES_BEFORE_STOP = 100
-
-
-def open_source(address: str, data: Data) -> SampleSource:
-    """The samples behind an address, as data.format says; `auto` takes .csv and .tsv files as CSV, all else as shards.
-
-    Raises:
-        UserError: nothing readable is there.
-    """
-    table = data.format == "csv" or (data.format == "auto" and address.lower().endswith((".csv", ".tsv")))
-    return CsvTable(address, data) if table else ShardTable(address, data)
-
-
-@contextmanager
-def plain_worker_errors() -> Iterator[None]:
-    """Within it, a dead data worker and a UserError raised in a worker become a UserError of one line."""
-    try:
-        yield
-    except RuntimeError as error:
-        if "DataLoader worker" not in str(error):
-            raise
-        raise UserError(
-            f"a data worker died ({str(error).splitlines()[0]}): memory may be short, lower data.workers or, in a "
-            "container, enlarge /dev/shm"
-        ) from error
-    except UserError as error:
-        # From a worker, torch wraps the message into its own traceback; the last line is ours.
-        raise UserError(str(error).strip().splitlines()[-1].split("UserError: ")[-1]) from None
 
 
 class Batch(TypedDict, total=False):
@@ -80,6 +55,8 @@ class Rowed(Protocol):
 
     counts: np.ndarray
     shard: np.ndarray
+    damage: list[str]
+    lost: int
 
     def describe(self) -> str:
         """One line for the log."""
@@ -101,10 +78,11 @@ class EpochLoader:
     """Micro batches of one rank, of the rows that `epoch_order` gives; `dataset` makes a batch of Rows.
 
     A batch holds at least "caption_id" (int64 [B]) and "broken", the samples that could not be used, with the reason.
-    `seen` and `broken` count this rank's samples since the loader was made.
+    `seen` and `broken` count this rank's samples since the loader was made. What damaged shards have lost counts as
+    broken too, and is logged with the first epoch.
 
     Raises:
-        UserError: the source holds less than one global batch.
+        UserError: the source holds less than one global batch, or has lost more than data.max_broken_share.
     """
 
     def __init__(
@@ -129,6 +107,13 @@ class EpochLoader:
             )
         self.seen = 0
         self.broken = 0
+        self.lost_share = source.lost / (source.lost + len(source.counts))
+        if self.lost_share > data.max_broken_share:
+            raise UserError(
+                f"{data.train} has lost about {source.lost} of {source.lost + len(source.counts)} samples, more than "
+                f"data.max_broken_share {data.max_broken_share} allows: {source.damage[0]}"
+            )
+        self._untold = list(source.damage) if rank == 0 else []
         self._plan = _Plan()
         self._loader = DataLoader(
             dataset,
@@ -163,6 +148,9 @@ class EpochLoader:
         )
         steps = range(start_step * self.micro_per_step, self.steps_per_epoch * self.micro_per_step)
         self._plan.batches = [self._rows(order, epoch, index, pixels, text) for index in steps]
+        # Not when the loader is made: the run's log begins later.
+        while self._untold:
+            log.warning("train data: %s", self._untold.pop(0))
         with plain_worker_errors():
             for number, batch in enumerate(self._loader, start=1):
                 # Before the last batch is handed out: who takes no more than he needs never comes back after it.
@@ -177,7 +165,7 @@ class EpochLoader:
         self.seen += len(batch["caption_id"])
         self.broken += len(batch["broken"])
         enough = self.seen >= SAMPLES_BEFORE_STOP or is_last
-        if enough and self.broken > self.data.max_broken_share * self.seen:
+        if enough and self.broken > (self.data.max_broken_share - self.lost_share) * self.seen:
             example = f", the last is {batch['broken'][-1]}" if batch["broken"] else ""
             raise UserError(
                 f"{self.broken} of {self.seen} samples of {self.data.train} are broken{example}: more than "

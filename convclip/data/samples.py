@@ -12,10 +12,11 @@ import numpy as np
 from PIL import Image
 from tqdm import tqdm
 
+from convclip.data.pixels import FORMATS, PLAIN, plain_picture
 from convclip.distributed import is_main
 
-# Formats that Pillow decodes in-process: others (EPS) would start a program on data nobody has looked at.
-FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "GIF", "TIFF")
+# A caption beyond this is no caption; one word of a million letters takes the tokenizer hours.
+MAX_CAPTION = 10_000
 
 
 class BrokenSample(Exception):
@@ -31,12 +32,14 @@ class Captions:
     ids: list[int]
 
     def usable(self, name: str, number: int) -> str:
-        """Caption `number`; BrokenSample when there is none, or only blanks or undecodable bytes."""
+        """Caption `number`; BrokenSample when there is none, only blanks, undecodable bytes, or too many characters."""
         if number >= len(self.texts):
             raise BrokenSample(f"{name}: has {len(self.texts)} captions, not the {number + 1} its table promises")
         text = self.texts[number]
         if not text.strip():
             raise BrokenSample(f"{name}: caption {number} is empty")
+        if len(text) > MAX_CAPTION:
+            raise BrokenSample(f"{name}: caption {number} has {len(text)} characters, more than {MAX_CAPTION}")
         # CSV files are decoded with surrogateescape, so that one bad byte costs one row and not the file.
         if any("\ud800" <= character <= "\udfff" for character in text):
             raise BrokenSample(f"{name}: caption {number} is not UTF-8")
@@ -50,6 +53,10 @@ class SampleSource(Protocol):
     """int64 [N]: captions of each image, at least 1."""
     shard: np.ndarray
     """int32 [N], ascending: number of the shard an image lies in."""
+    damage: list[str]
+    """A line for each shard of which a part cannot be read."""
+    lost: int
+    """About how many samples that part held."""
 
     def describe(self) -> str:
         """One line for the log."""
@@ -95,14 +102,14 @@ def open_image(name: str, data: bytes, max_pixels: int) -> Image.Image:
 
 
 def decode_image(name: str, data: bytes, max_pixels: int) -> Image.Image:
-    """The decoded picture in its own mode; BrokenSample when it is cut, no image or too large."""
+    """The picture in RGB or L, by `plain_picture`; BrokenSample when it is cut, no image or too large."""
     image = open_image(name, data, max_pixels)
     try:
         image.load()
+        return plain_picture(image)
     # Decoders meet bytes from anywhere and fail in as many ways (OSError, SyntaxError, struct.error, ...).
     except Exception as error:
         raise BrokenSample(f"{name}: {_one_line(error)}") from None
-    return image
 
 
 def check_image(name: str, data: bytes, max_pixels: int) -> None:
@@ -111,6 +118,8 @@ def check_image(name: str, data: bytes, max_pixels: int) -> None:
     try:
         image.draft("RGB", (1, 1))
         image.load()
+        if image.mode not in PLAIN:
+            plain_picture(image)
     except Exception as error:
         raise BrokenSample(f"{name}: {_one_line(error)}") from None
 

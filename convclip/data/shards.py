@@ -14,18 +14,28 @@ import re
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 from urllib.parse import urlparse
 
 import braceexpand
 from tqdm import tqdm
 from webdataset.gopen import gopen
 
+from convclip.data.local_files import read_json
 from convclip.distributed import is_main
 from convclip.files import Lock, whole_file
 from convclip.schema import Data, UserError
 
 WIDS_KIND = "wids-shard-index-v1"
 FETCHES_AT_ONCE = 4
+MAX_SHARDS = 100_000
+# Far more than any image has; the order of an epoch has a row for each.
+MAX_CAPTIONS = 10_000
+# A range of numbers or letters ({000000..000117}), a single brace or comma, or one with a backslash, which is none.
+BRACES = re.compile(
+    r"\\.|\{(?P<first>-?\d{1,4000}(?=\.\.-?\d)|[A-Za-z](?=\.\.[A-Za-z]))\.\.(?P<last>-?\d{1,4000}|[A-Za-z])(?:\.\.-?\d+)?\}|[{},]"
+)
+SHOWN = 200
 BLOCK = 1 << 20
 
 
@@ -61,11 +71,12 @@ def find_shards(address: str, data: Data) -> list[Shard]:
         if shard.address in seen:
             raise UserError(f"shard {shard.address} is listed twice in {address!r}: name every shard once")
         seen.add(shard.address)
-    shards = _with_indexes(shards)
     missing = [s.path for s in shards if not is_url(s.address) and not os.path.isfile(s.path)]
     if missing:
-        raise UserError(f"{len(missing)} of {len(shards)} shards of {address!r} are missing, the first is {missing[0]}")
-    shards = _fetch_all(shards, data)
+        raise UserError(
+            f"{len(missing)} of {len(shards)} shards of {address!r} are missing, the first is {missing[0][:SHOWN]}"
+        )
+    shards = _fetch_all(_with_indexes(shards), data)
     for shard in shards:
         size = os.path.getsize(shard.path)
         if shard.filesize is not None and size != shard.filesize:
@@ -88,12 +99,7 @@ def is_url(address: str) -> bool:
 
 def _expand(part: str) -> list[Shard]:
     """One part of an address as shards; nothing is opened but a wids index."""
-    try:
-        names = list(braceexpand.braceexpand(part))
-    except braceexpand.UnbalancedBracesError:
-        raise UserError(
-            f"data address {part!r} has unbalanced braces: write it like train-{{000000..000117}}.tar"
-        ) from None
+    names = _expand_braces(part)
     shards = []
     for name in map(os.path.expanduser, names):
         if is_url(name):
@@ -103,6 +109,38 @@ def _expand(part: str) -> list[Shard]:
         else:
             shards.extend(Shard(path, path) for path in _match(name))
     return shards
+
+
+def _expand_braces(part: str) -> list[str]:
+    # Counted before the library sees it, which would write out 1e11 names.
+    if _brace_count(part) > MAX_SHARDS:
+        raise UserError(f"data address {part[:SHOWN]!r} stands for more than {MAX_SHARDS:,} shards: check its braces")
+    try:
+        return list(braceexpand.braceexpand(part))
+    except (ValueError, RecursionError):  # unbalanced braces, nesting without end
+        raise UserError(
+            f"data address {part[:SHOWN]!r} has unbalanced braces: write it like train-{{000000..000117}}.tar"
+        ) from None
+
+
+def _brace_count(part: str) -> int:
+    """How many names a brace pattern stands for: alternatives add up, groups behind one another multiply."""
+    groups = [[0, 1]]  # [alternatives before the present one, names of the present one], innermost last
+    for token in BRACES.finditer(part):
+        first, last = token.group("first"), token.group("last")
+        if first is not None:
+            numbers = int(last) - int(first) if first.lstrip("-").isdigit() else ord(last) - ord(first)
+            groups[-1][1] *= abs(numbers) + 1
+        elif token.group() == "{":
+            groups.append([0, 1])
+        elif len(groups) > 1 and token.group() == ",":
+            groups[-1] = [sum(groups[-1]), 1]
+        elif len(groups) > 1 and token.group() == "}":
+            names = sum(groups.pop())
+            groups[-1][1] *= names
+        if groups[-1][1] > MAX_SHARDS:
+            break
+    return sum(groups[-1])
 
 
 def _match(name: str) -> list[str]:
@@ -123,32 +161,48 @@ def _match(name: str) -> list[str]:
 
 def _shards_of_index(path: Path) -> list[Shard]:
     """The shards a wids index lists; relative addresses are relative to the index."""
-    try:
-        index = json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise UserError(f"shard index {path} does not exist") from None
-    except (OSError, ValueError) as error:
-        raise UserError(f"shard index {path} cannot be read ({error}): build it again or delete it") from None
+    if not os.path.lexists(path):
+        raise UserError(f"shard index {str(path)[:SHOWN]} does not exist")
+    index = read_json(path, "shard index")
     if not isinstance(index, dict) or index.get("__kind__") != WIDS_KIND:
         raise UserError(f"{path} is no shard index: its __kind__ is not {WIDS_KIND}")
+    entries = index.get("shardlist")
+    if not isinstance(entries, list):
+        raise UserError(f"shard index {path} is malformed (no list under the key 'shardlist'): build it again")
     try:
-        return [_shard_of_entry(entry, path.parent) for entry in index["shardlist"]]
-    except (KeyError, TypeError, ValueError) as error:
-        raise UserError(f"shard index {path} is malformed ({type(error).__name__}: {error}): build it again") from None
+        return [_shard_of_entry(entry, path.parent) for entry in entries]
+    except ValueError as error:
+        raise UserError(f"shard index {path} is malformed ({error}): build it again") from None
 
 
-def _shard_of_entry(entry: dict, folder: Path) -> Shard:
-    address = str(entry["url"])
+def _shard_of_entry(entry: Any, folder: Path) -> Shard:
+    if not isinstance(entry, dict) or not isinstance(entry.get("url"), str) or "\0" in entry["url"]:
+        raise ValueError(f"an entry without a url: {json.dumps(entry)[:SHOWN]}")
+    address, md5sum, counts = entry["url"], entry.get("md5sum"), entry.get("ncaptions")
+    if md5sum is not None and not isinstance(md5sum, str):
+        raise ValueError(f"md5sum of {address} is no text")
+    if counts is not None and not (isinstance(counts, list) and all(_is_count(n, MAX_CAPTIONS) for n in counts)):
+        raise ValueError(f"ncaptions of {address} is no list of numbers from 0 to {MAX_CAPTIONS:,}")
     path = "" if is_url(address) else str(folder / address)
-    counts = entry.get("ncaptions")
     return Shard(
         address=address if is_url(address) else path,
         path=path,
-        filesize=None if entry.get("filesize") is None else int(entry["filesize"]),
-        md5sum=entry.get("md5sum"),
-        nsamples=None if entry.get("nsamples") is None else int(entry["nsamples"]),
-        ncaptions=None if counts is None else tuple(int(count) for count in counts),
+        filesize=_count(entry, "filesize"),
+        md5sum=md5sum,
+        nsamples=_count(entry, "nsamples"),
+        ncaptions=None if counts is None else tuple(counts),
     )
+
+
+def _count(entry: dict[str, Any], key: str) -> int | None:
+    value = entry.get(key)
+    if value is not None and not _is_count(value, 2**62):
+        raise ValueError(f"{key} of {entry['url']} is {json.dumps(value)[:SHOWN]}, no count")
+    return value
+
+
+def _is_count(value: Any, largest: int) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and 0 <= value <= largest
 
 
 def _with_indexes(shards: list[Shard]) -> list[Shard]:

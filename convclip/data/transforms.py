@@ -16,6 +16,8 @@ from torch.utils.data import default_collate
 
 CROP_RATIO = (3 / 4, 4 / 3)
 CROP_ATTEMPTS = 10
+# Pictures longer than this many times their shorter side are cropped before they are resized.
+LONGEST = 20
 # The random stream of views; apart from those of convclip.data.order and loader.
 VIEW = 4
 
@@ -46,6 +48,7 @@ class EvalTransform:
     size: int
 
     def __call__(self, image: Image.Image, generator: np.random.Generator | None = None) -> torch.Tensor:
+        image = _without_ends(image)
         width, height = image.size
         # int(), not round(): torchvision's rule for the longer side.
         if width <= height:
@@ -112,6 +115,18 @@ def random_crop_box(
     elif width / height > CROP_RATIO[1]:
         crop_width = max(1, round(height * CROP_RATIO[1]))
     return (width - crop_width) // 2, (height - crop_height) // 2, crop_width, crop_height
+
+
+def _without_ends(image: Image.Image) -> Image.Image:
+    """The middle of a strip, LONGEST times as long as wide; others as they are. Whole, 1 x 60,000 takes gigabytes."""
+    width, height = image.size
+    kept = LONGEST * min(width, height)
+    if max(width, height) <= kept:
+        return image
+    # An even number goes, so that the middle stays.
+    ends = (max(width, height) - kept) // 2
+    box = (ends, 0, width - ends, height) if width > height else (0, ends, width, height - ends)
+    return image.crop(box)
 
 
 def stack_images(images: list[torch.Tensor]) -> torch.Tensor:

@@ -21,8 +21,10 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 from tqdm import tqdm
 
+from convclip.data.csv_table import MAX_IMAGE_BYTES
 from convclip.data.evaluation_set import PADDING
 from convclip.data.loader import Transform
+from convclip.data.local_files import read_regular
 from convclip.data.samples import BrokenSample, decode_image
 from convclip.data.tokenizers import Tokenizer
 from convclip.data.transforms import normalize
@@ -131,7 +133,9 @@ class _Pictures(Dataset):
         if number != PADDING:
             path = self.paths[number]
             try:
-                return number, self.transform(decode_image(str(path), path.read_bytes(), self.max_pixels), None)
+                return number, self.transform(
+                    decode_image(str(path), read_regular(path, MAX_IMAGE_BYTES), self.max_pixels), None
+                )
             except (BrokenSample, OSError, ValueError) as error:
                 tqdm.write(f"left out: {error}")
         return PADDING, torch.zeros(3, self.size, self.size, dtype=torch.uint8)

@@ -10,6 +10,7 @@ from __future__ import annotations
 import json
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from huggingface_hub import hf_hub_download
@@ -94,7 +95,23 @@ def read_weights(source: str) -> Tensors:
         content = content["state_dict"]
     if not isinstance(content, dict) or not all(isinstance(value, Tensor) for value in content.values()):
         raise UserError(f"{path}: no state_dict: expected names with a tensor each")
+    _check_tensors(path, content)
     return {name.removeprefix("module."): tensor for name, tensor in content.items()}
+
+
+def _check_tensors(path: Path, content: dict[Any, Tensor]) -> None:
+    """UserError for tensors that cannot be a model's weights."""
+    if not content:
+        raise UserError(f"{path}: holds no tensors")
+    for name, tensor in content.items():
+        if not isinstance(name, str):
+            raise UserError(f"{path}: no state_dict: the key {name!r} is no name")
+        if tensor.layout != torch.strided or tensor.is_meta or tensor.is_quantized:
+            raise UserError(f"{path}: {name} is a sparse, quantised or empty (meta) tensor: save dense ones")
+        # A causal mask holds minus infinity, and is no weight.
+        weight = tensor.is_floating_point() and name.removeprefix("module.") not in _NOT_WEIGHTS
+        if weight and not torch.isfinite(tensor.float()).all():
+            raise UserError(f"{path}: {name} holds NaN or infinity, so the weights are of a run that broke")
 
 
 def open_clip_names(tensors: Tensors) -> Tensors:

@@ -7,7 +7,7 @@ places in the split, 0..V-1 and 0..C-1.
 from __future__ import annotations
 
 from collections.abc import Collection
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TypedDict
 
 import numpy as np
@@ -76,6 +76,9 @@ class VideoRows:
     """What the order of an epoch is made from: videos in place of images, all in one shard."""
 
     split: VideoSplit
+    # A frame store is read by video: none is lost without its name.
+    damage: list[str] = field(default_factory=list)
+    lost: int = 0
 
     @property
     def counts(self) -> np.ndarray:

@@ -16,6 +16,7 @@ import json
 import os
 import re
 import tarfile
+import zlib
 from collections.abc import Iterator, Mapping
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from concurrent.futures.process import BrokenProcessPool
@@ -31,23 +32,21 @@ from tqdm import tqdm
 
 from convclip.files import Lock, whole_file, write_text, writing
 from convclip.schema import UserError
-from convclip.video.decode import FRAMES, VideoError, read_clip
+from convclip.video.decode import VideoError, read_clip
+from convclip.video.frame_index import (
+    INDEX,
+    VERSION,
+    FrameSettings,
+    FrameShardEntry,
+    block_ends,
+    is_whole,
+    read_entry,
+    read_index,
+    read_plan,
+)
 
-VERSION = 1
-INDEX = "index.json"
 LOCK = ".frames.lock"
 VIDEO_ID = re.compile(r"[A-Za-z0-9_-]{1,80}")
-TAR_BLOCK = 512
-
-
-@dataclass(frozen=True)
-class FrameSettings:
-    """How frames were made: S, F, frames per second sampled, JPEG quality."""
-
-    size: int = 224
-    frames: int = FRAMES
-    fps: float = 1.0
-    quality: int = 95
 
 
 @dataclass
@@ -123,19 +122,20 @@ class FrameStore:
 
     def __init__(self, folder: str | Path, **expected: int | float) -> None:
         self.folder = Path(folder)
-        index = _read_index(self.folder)
-        self.settings = FrameSettings(**index["settings"])
+        index = read_index(self.folder)
+        self.settings = index.settings
         for name, value in expected.items():
             has = getattr(self.settings, name)
             if has != value:
                 raise UserError(f"frame store {folder} has {name} {has}, the recipe needs {value}: write another store")
-        self.shards: list[str] = [shard["file"] for shard in index["shards"]]
+        self.shards: list[str] = [shard.file for shard in index.shards]
         self.places: dict[str, tuple[int, int, list[int]]] = {
             name: (number, start, lengths)
-            for number, shard in enumerate(index["shards"])
-            for name, (start, lengths) in shard["videos"].items()
+            for number, shard in enumerate(index.shards)
+            for name, (start, lengths) in shard.videos.items()
         }
-        self.skipped: dict[str, str] = {k: v for shard in index["shards"] for k, v in shard["skipped"].items()}
+        self.checksums: dict[str, int] = {k: v for shard in index.shards for k, v in shard.crc32.items()}
+        self.skipped: dict[str, str] = {k: v for shard in index.shards for k, v in shard.skipped.items()}
         self._files: dict[int, int] = {}
         missing = [name for name in self.shards if not (self.folder / name).is_file()]
         if missing:
@@ -157,15 +157,21 @@ class FrameStore:
         shard, start, lengths = self.places[video_id]
         frames = np.zeros((self.settings.frames, 3, self.settings.size, self.settings.size), np.uint8)
         # One read for a video: its members lie behind one another.
-        ends = list(_member_ends(lengths))
+        ends = block_ends(lengths)
         block = os.pread(self._file(shard), ends[-1], start)
         try:
+            if len(block) < ends[-1]:
+                raise ValueError("the file ends inside it")
+            if self.checksums.get(video_id, zlib.crc32(block)) != zlib.crc32(block):
+                raise ValueError("its checksum differs")
             for frame, end, length in zip(frames, ends, lengths, strict=False):
-                frame[:] = _from_jpeg(block[end - length : end])
+                frame[:] = _from_jpeg(block[end - length : end], self.settings.size)
             return torch.from_numpy(frames), len(lengths)
         except (OSError, ValueError, SyntaxError) as error:
             place = self.folder / self.shards[shard]
-            raise UserError(f"{place}: video {video_id} is damaged ({error}): write it again") from None
+            raise UserError(
+                f"{place}: video {video_id} is damaged ({error}): the same make_shards command writes it again"
+            ) from None
 
     def _file(self, shard: int) -> int:
         # pread has no position, so forked workers may share an open file.
@@ -201,11 +207,11 @@ def _shard(path: Path, videos: dict[str, str], settings: FrameSettings) -> tuple
     sizes = {name: Path(file).stat().st_size if Path(file).is_file() else None for name, file in videos.items()}
     entry_path = path.with_suffix(".json")
     if entry_path.is_file() and path.is_file():
-        entry = json.loads(entry_path.read_text(encoding="utf-8"))
-        if entry["sources"] == sizes:
-            return entry, True
+        found = read_entry(entry_path)
+        if found is not None and _is_reusable(path, found, sizes):
+            return found.model_dump(exclude_unset=True), True
         entry_path.unlink()
-    entry = {"file": path.name, "sources": sizes, "videos": {}, "skipped": {}, "notes": {}}
+    entry: dict[str, Any] = {"file": path.name, "sources": sizes, "videos": {}, "skipped": {}, "notes": {}}
     with whole_file(path) as part, tarfile.open(part, "w", format=tarfile.USTAR_FORMAT) as tar:
         for name, file in videos.items():
             try:
@@ -216,8 +222,25 @@ def _shard(path: Path, videos: dict[str, str], settings: FrameSettings) -> tuple
             if clip.note:
                 entry["notes"][name] = clip.note
             entry["videos"][name] = _add_video(tar, name, clip.frames, settings)
+    entry["filesize"], entry["crc32"] = path.stat().st_size, _checksums(path, entry["videos"])
     write_text(entry_path, json.dumps(entry))
     return entry, False
+
+
+def _is_reusable(path: Path, found: FrameShardEntry, sizes: dict[str, int | None]) -> bool:
+    """Whether the tar at `path` is whole, and made of the present files of the same videos."""
+    named = {*found.videos, *found.skipped} == set(sizes) and found.file == path.name
+    return named and found.sources == sizes and is_whole(path, found)
+
+
+def _checksums(tar: Path, videos: dict[str, tuple[int, list[int]]]) -> dict[str, int]:
+    """CRC-32 of each video's bytes in the tar, as a reader gets them in one read."""
+    found = {}
+    with tar.open("rb") as file:
+        for name, (start, lengths) in videos.items():
+            file.seek(start)
+            found[name] = zlib.crc32(file.read(block_ends(lengths)[-1]))
+    return found
 
 
 def _add_video(tar: tarfile.TarFile, name: str, frames: torch.Tensor, settings: FrameSettings) -> tuple[int, list[int]]:
@@ -239,17 +262,12 @@ def _add_member(tar: tarfile.TarFile, name: str, data: bytes) -> int:
     return len(data)
 
 
-def _member_ends(lengths: list[int]) -> Iterator[int]:
-    """Where each member's data ends, counted from the first member's header."""
-    at = 0
-    for length in lengths:
-        yield at + TAR_BLOCK + length
-        at += TAR_BLOCK + -(-length // TAR_BLOCK) * TAR_BLOCK
-
-
-def _from_jpeg(data: bytes) -> np.ndarray:
-    """uint8 [3, S, S], a view."""
-    return np.asarray(Image.open(io.BytesIO(data), formats=("JPEG",))).transpose(2, 0, 1)
+def _from_jpeg(data: bytes, size: int) -> np.ndarray:
+    """uint8 [3, S, S], a view. ValueError: another size than the store's, seen before anything is decoded."""
+    image = Image.open(io.BytesIO(data), formats=("JPEG",))
+    if image.size != (size, size) or image.mode != "RGB":
+        raise ValueError(f"a frame of {image.width} x {image.height} in {image.mode}")
+    return np.asarray(image).transpose(2, 0, 1)
 
 
 def _make_folder(folder: Path, settings: FrameSettings, names: list[str], videos_per_shard: int) -> None:
@@ -258,7 +276,7 @@ def _make_folder(folder: Path, settings: FrameSettings, names: list[str], videos
     plan = {**asdict(settings), "videos": len(names), "videos_per_shard": videos_per_shard, "names_sha256": digest}
     path = folder / "plan.json"
     if path.is_file():
-        has = json.loads(path.read_text(encoding="utf-8"))
+        has = read_plan(path)
         other = [
             f"{name} {has.get(name)} (asked for {value})" for name, value in plan.items() if has.get(name) != value
         ]
@@ -272,19 +290,5 @@ def _make_folder(folder: Path, settings: FrameSettings, names: list[str], videos
 
 
 def _write_index(folder: Path, settings: FrameSettings, shards: list[dict[str, Any]]) -> None:
-    entries = [{key: shard[key] for key in ("file", "videos", "skipped", "notes")} for shard in shards]
+    entries = [{key: value for key, value in shard.items() if key != "sources"} for shard in shards]
     write_text(folder / INDEX, json.dumps({"version": VERSION, "settings": asdict(settings), "shards": entries}))
-
-
-def _read_index(folder: Path) -> dict[str, Any]:
-    path = folder / INDEX
-    try:
-        index = json.loads(path.read_text(encoding="utf-8"))
-        if index["version"] != VERSION:
-            raise UserError(f"{path} has version {index['version']}, this is version {VERSION}: write the store again")
-        index["settings"], index["shards"]
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise UserError(
-            f"no frame store at {folder}: {INDEX} cannot be read ({error}); was writing finished?"
-        ) from None
-    return index

@@ -6,17 +6,19 @@ Shapes: V videos, C captions, W words.
 from __future__ import annotations
 
 import csv
-import gzip
-import json
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
 from open_clip.tokenizer import SimpleTokenizer
 
+from convclip.data.coco import SURROGATE
+from convclip.data.local_files import read_json, refuse_irregular
+from convclip.data.samples import MAX_CAPTION
 from convclip.schema import UserError
 
 WORDS = 32
@@ -106,13 +108,21 @@ def tokenize_captions(captions: Sequence[str], words: int = WORDS) -> torch.Tens
 
 
 def _read_csv(path: Path) -> list[dict[str, str]]:
+    refuse_irregular(path, "split")
     try:
         with path.open(newline="", encoding="utf-8-sig") as file:
-            rows = list(csv.DictReader(file))
+            reader = csv.DictReader(file)
+            rows = list(reader)
     except (OSError, UnicodeDecodeError, csv.Error) as error:
         raise UserError(f"split {path} cannot be read: {error}") from None
     if not rows or "video_id" not in rows[0]:
         raise UserError(f"split {path} has no rows with a column video_id")
+    twice = [name for name, count in Counter(reader.fieldnames or []).items() if count > 1]
+    if {"video_id", "sentence", "key"} & set(twice):
+        raise UserError(f"split {path} has several columns {twice[0]}: rename or remove all but one")
+    long = [number for number, row in enumerate(rows, 2) if len(row.get("sentence") or "") > MAX_CAPTION]
+    if long:
+        raise UserError(f"split {path}: row {long[0]} has a sentence of more than {MAX_CAPTION} characters")
     bad = [number for number, row in enumerate(rows, 2) if not row["video_id"] or row.get("sentence", "") is None]
     if bad:
         raise UserError(f"split {path}: line {bad[0]} is incomplete")
@@ -126,16 +136,26 @@ def _split_of_rows(rows: list[dict[str, str]]) -> VideoSplit:
     return VideoSplit(tuple(place), tuple(row["sentence"] for row in rows), ids, videos)
 
 
-def _read_sentences(path: Path) -> list[dict[str, str]]:
+def _read_sentences(path: Path) -> list[dict[str, Any]]:
+    what = "MSR-VTT's JSON (sentences of sen_id, video_id, caption)"
     try:
-        opener = gzip.open if path.suffix == ".gz" else open
-        with opener(path, "rt", encoding="utf-8") as file:
-            sentences = json.load(file)["sentences"]
-        for sentence in sentences:
-            sentence["sen_id"], sentence["video_id"], sentence["caption"]
-    except (OSError, EOFError, ValueError, KeyError, TypeError) as error:
-        reason = f"key {error} is missing" if isinstance(error, KeyError) else error
-        raise UserError(
-            f"annotations {path} are not MSR-VTT's JSON (sentences of sen_id, video_id, caption): {reason}"
-        ) from None
+        content = read_json(path, "the file")
+    except UserError as error:
+        raise UserError(f"annotations {path} are not {what}: {error}") from None
+    sentences = content.get("sentences") if isinstance(content, dict) else None
+    if not isinstance(sentences, list):
+        raise UserError(f"annotations {path} are not {what}: no list under the key 'sentences'")
+    for number, sentence in enumerate(sentences):
+        if not isinstance(sentence, dict) or not all(_is_name(sentence.get(key)) for key in ("sen_id", "video_id")):
+            raise UserError(f"annotations {path} are not {what}: sentence {number} has no sen_id or video_id")
+        caption = sentence.get("caption")
+        if not isinstance(caption, str) or len(caption) > MAX_CAPTION or SURROGATE.search(caption):
+            raise UserError(
+                f"annotations {path} are not {what}: the caption of sentence {number} is no text of at most "
+                f"{MAX_CAPTION} characters"
+            )
     return sentences
+
+
+def _is_name(value: Any) -> bool:
+    return isinstance(value, str | int) and not isinstance(value, bool)

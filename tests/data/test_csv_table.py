@@ -61,7 +61,7 @@ def test_byte_order_mark(folder):
         ("filepath,title\n", {}, "no rows"),
         ("filepath,title\nnone.jpg,x\n", {}, "none of the first 1 images .* exists, the first is .*none.jpg"),
         ("filepath,title\nx,y\n", {"csv_separator": ";;"}, "must be one character"),
-        ("filepath,title\nimages/0.jpg," + "x" * 200_000 + "\n", {}, "no readable CSV file"),
+        ("filepath,title\nimages/0.jpg," + "x" * 5_000_000 + "\n", {}, "no readable CSV file"),
     ],
 )
 def test_mistakes_show_at_start(folder, text, settings, message):

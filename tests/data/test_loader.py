@@ -4,6 +4,7 @@ import io
 import os
 import pickle
 import signal
+import time
 import zlib
 from collections import Counter
 
@@ -15,6 +16,7 @@ from PIL import Image
 from convclip.data.loader import TrainLoader
 from convclip.data.shard_table import ShardTable
 from convclip.data.transforms import TrainTransform
+from convclip.data.workers import plain_worker_errors
 from convclip.schema import BatchConfig, Data, UserError
 from tests.data.makers import GREY_STEP, caption, jpeg, noise_jpeg, picture, read_back, sample, write_shards, write_tar
 
@@ -229,6 +231,23 @@ def test_dead_worker(tmp_path):
     loader = _loader(write_shards(tmp_path, [6]), tmp_path, workers=1, transform=_die)
     with pytest.raises(UserError, match=r"a data worker died .*lower data.workers"):
         list(loader.epoch(0))
+
+
+@plain_worker_errors()
+def _step_while_a_worker_dies(loader):
+    """What torch does when a worker dies: it raises wherever the main process is, here in the step."""
+    batches = loader.epoch(0)
+    next(batches)
+    os.kill(loader._loader._iterator._workers[0].pid, signal.SIGKILL)
+    deadline = time.monotonic() + 60
+    while time.monotonic() < deadline:
+        time.sleep(0.01)
+
+
+def test_a_worker_that_dies_during_a_step(tmp_path):
+    loader = _loader(write_shards(tmp_path, [6]), tmp_path, workers=1)
+    with pytest.raises(UserError, match=r"^a data worker died .*lower data.workers"):
+        _step_while_a_worker_dies(loader)
 
 
 def test_user_errors(tmp_path):

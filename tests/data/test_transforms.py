@@ -78,3 +78,17 @@ def test_stacked_pictures_are_torchs_stack_and_contiguous_once_normalised():
     stacked = stack_images(pictures)
     assert torch.equal(stacked, torch.stack(pictures)) and stacked.shape == (3, 3, 32, 32)
     assert normalize(stacked, TOWER.mean, TOWER.std).is_contiguous()
+
+
+@pytest.mark.parametrize("size", [(8, 900), (8, 901), (1300, 16), (1, 501), (64, 64 * 21)])
+def test_a_strip_is_cropped_first_and_shows_the_same(size):
+    image = _picture(*size)
+    ours = EvalTransform(32)(image)
+    # The steps of torchvision, as in EvalTransform for other shapes: resize the whole, then crop.
+    theirs = F.pil_to_tensor(F.center_crop(F.resize(image, 32, InterpolationMode.BICUBIC), [32, 32]))
+    assert torch.equal(ours, theirs)
+
+
+def test_a_strip_takes_no_more_memory_than_its_pixels():
+    strip = Image.new("RGB", (1, 60_000), (9, 8, 7))
+    assert EvalTransform(2048)(strip)[:, 0, 0].tolist() == [9, 8, 7]

@@ -91,17 +91,29 @@ def wait_until(condition, what: str) -> None:
         time.sleep(0.05)
 
 
+# Python runs a file of this name at its start, in worker processes too.
+BLOCKING = """
+import builtins, time
+opened = builtins.open
+def open_or_block(path, *arguments, **options):
+    if str(path).endswith("images/5.jpg"):
+        time.sleep(3600)
+    return opened(path, *arguments, **options)
+builtins.open = open_or_block
+"""
+
+
 def stop_midway(source: Path, workers: int, stop: signal.Signals) -> tuple[subprocess.Popen, str, list[int]]:
-    """Start a run that blocks at one picture, a pipe nobody writes to; stop it when all it can write is written."""
-    picture = source / "images" / "5.jpg"
-    whole = picture.read_bytes()
-    picture.unlink()
-    os.mkfifo(picture)
+    """Start a run that blocks at one picture, whose opening never ends; stop it when all it can write is written."""
+    (source / "blocking").mkdir()
+    (source / "blocking" / "sitecustomize.py").write_text(BLOCKING)
+    path = os.pathsep.join(filter(None, [str(source / "blocking"), os.environ.get("PYTHONPATH")]))
     process = subprocess.Popen(
         command(source, "--workers", workers),
         stderr=subprocess.PIPE,
         text=True,
         cwd=REPOSITORY,
+        env={**os.environ, "PYTHONPATH": path},
         start_new_session=True,
         # A test run in the background inherits an ignored Ctrl-C; at a terminal it is not.
         preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
@@ -122,8 +134,6 @@ def stop_midway(source: Path, workers: int, stop: signal.Signals) -> tuple[subpr
     else:
         process.send_signal(stop)
     _, errors = process.communicate(timeout=60)
-    picture.unlink()
-    picture.write_bytes(whole)
     return process, errors, children
 
 

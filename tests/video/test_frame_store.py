@@ -172,6 +172,70 @@ def test_damage_to_a_store_is_named(videos, tmp_path):
         FrameStore(folder)
 
 
+def test_damaged_tars_and_entries_are_written_again(videos, tmp_path):
+    folder, good = tmp_path / "store", tmp_path / "good"
+    write_frame_store(videos, folder, SMALL)
+    shutil.copytree(folder, good)
+    tar, entry = folder / "frames-000000.tar", folder / "frames-000000.json"
+    data, about = tar.read_bytes(), json.loads(entry.read_text())
+    flipped = bytearray(data)
+    start, lengths = about["videos"]["video3"]
+    # In the compressed pixels, where JPEG notices nothing.
+    flipped[start + 512 + lengths[0] - 40] ^= 1
+    tar.write_bytes(flipped)
+    with pytest.raises(UserError, match=r"video3 is damaged \(its checksum differs\): the same make_shards command"):
+        FrameStore(folder)["video3"]
+    for damaged in (bytes(flipped), data[:2000], data[:-600], data + b"x" * 512, b""):
+        tar.write_bytes(damaged)
+        assert write_frame_store(videos, folder, SMALL).decoded == 5
+        assert tar.read_bytes() == data
+    for text in ("", "[]", "{}", "\0", '{"file": 3}', json.dumps({**about, "videos": []}), "[" * 100_000):
+        entry.write_text(text)
+        assert write_frame_store(videos, folder, SMALL).decoded == 5
+    assert all(path.read_bytes() == (good / path.name).read_bytes() for path in folder.iterdir())
+    # As 0.1.0 wrote it: read and kept without checksums, a cut one found by its end.
+    old = {key: value for key, value in about.items() if key not in ("crc32", "filesize")}
+    entry.write_text(json.dumps(old))
+    assert write_frame_store(videos, folder, SMALL).reused == 5 and FrameStore(folder)["video3"][1] == 3
+    tar.write_bytes(data[: start + 600])
+    assert write_frame_store(videos, folder, SMALL).decoded == 5
+
+
+def test_an_index_of_any_other_shape_is_one_line(videos, tmp_path):
+    folder = tmp_path / "store"
+    write_frame_store({"video2": videos["video2"]}, folder, SMALL)
+    index = json.loads((folder / "index.json").read_text())
+    shard, settings = index["shards"][0], index["settings"]
+    wrong_shards = [
+        {**shard, key: value}
+        for key in shard
+        for value in (None, 3, [3], {"video2": None}, {"video2": "x"})
+        if not (key == "filesize" and value in (None, 3))
+        and (key, value) != ("skipped", {"video2": "x"})
+        and (key, value) != ("notes", {"video2": "x"})
+    ]
+    wrong_shards += [{**shard, "file": name} for name in ("../x.tar", "/etc/passwd", "")]
+    wrong_shards += [{**shard, "videos": {"video2": [0, lengths]}} for lengths in ([], [-1], [1] * 9, [2**40], "a", {})]
+    wrong_shards += [{k: v for k, v in shard.items() if k != key} for key in ("file", "videos", "skipped")]
+    bad = {"size": 10**9, "frames": -1, "fps": "fast", "quality": None}
+    contents = [{**index, "shards": [wrong]} for wrong in wrong_shards]
+    contents += [{**index, "settings": {**settings, key: value}} for key, value in bad.items()]
+    contents += [{**index, key: value} for key in index for value in (None, [3], "x", {"a": 1})]
+    contents += [[], 3, None, {}, {"version": 1}, {**index, "settings": {**settings, "fps": float("inf")}}]
+    for content in contents:
+        (folder / "index.json").write_text(json.dumps(content))
+        with pytest.raises(UserError) as error:
+            FrameStore(folder)["video2"]
+        assert "\n" not in str(error.value)
+    for data in (b"", b"\xff\x00", b"[" * 100_000):
+        (folder / "index.json").write_bytes(data)
+        with pytest.raises(UserError, match="not JSON"):
+            FrameStore(folder)
+        (folder / "plan.json").write_bytes(data or b"[]")
+        with pytest.raises(UserError, match=r"plan"):
+            write_frame_store({"video2": videos["video2"]}, folder, SMALL)
+
+
 def test_a_damaged_video_is_noted(tmp_path):
     path = write_video(tmp_path / "a.mkv", range(6))
     data = path.read_bytes()
