@@ -13,6 +13,7 @@ from pathlib import Path
 
 from convclip.command_line import add_local_rank, add_overrides, run
 from convclip.config import Recipe, UserError, load_recipe, with_flags
+from convclip.data.workers import plain_worker_errors
 
 PRECISIONS = ("fp32", "bf16", "fp16")
 
@@ -32,6 +33,7 @@ def parse_arguments() -> argparse.Namespace:
     return parser.parse_args()
 
 
+@plain_worker_errors()
 def extract(recipe: Recipe, arguments: argparse.Namespace) -> None:
     """Refuse flags that do not go together, then extract, or verify and print the largest difference by array."""
     is_teacher = arguments.kind == "xclip"

@@ -1,6 +1,8 @@
 """tools/make_shards.py from outside: results, kill and resume, and one line with exit code 2 for each mistake."""
 
+import argparse
 import json
+import math
 import os
 import resource
 import signal
@@ -12,6 +14,7 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
+from convclip.schema import UserError
 from convclip.video.frame_store import FrameStore
 
 REPOSITORY = Path(__file__).resolve().parents[2]
@@ -284,3 +287,19 @@ def test_videos_become_a_frame_store(tmp_path):
         ((12, 3, 224, 224), 3),
         ((12, 3, 224, 224), 12),
     ]
+
+
+def test_numbers_that_make_no_sense_are_refused(tmp_path):
+    from tools.make_shards import make_frame_store
+
+    right = {"workers": 1, "frames": None, "fps": None, "resize": None, "split_csv": [], "videos": tmp_path}
+    for name, value in (
+        ("fps", math.inf),
+        ("fps", math.nan),
+        ("fps", 0.0),
+        ("fps", 1e9),
+        ("frames", 10**9),
+        ("resize", -1),
+    ):
+        with pytest.raises(UserError, match=f"^--{name} {value}: must be more than 0 and at most"):
+            make_frame_store(argparse.Namespace(**{**right, name: value}))
