@@ -168,7 +168,10 @@ class TextTower(Tower):
         raise NotImplementedError
 
     def run_block(self, block: nn.Module, hidden: Tensor, ends: Tensor) -> Tensor:
-        """One block: [B, T, C] -> [B, T, C]; `ends` [B] are the captions' end positions, for a mask of padding."""
+        """One block: [B, T, C] -> [B, T, C]; `ends` [B] are the captions' end positions, for a mask of padding.
+
+        The plan measures with `hidden` on the meta device, `ends` on the CPU: make a mask beside `ends`, then move it.
+        """
         raise NotImplementedError
 
     def finish(self, hidden: Tensor) -> Tensor:
@@ -176,7 +179,10 @@ class TextTower(Tower):
         return hidden
 
     def ends(self, tokens: Tensor) -> Tensor:
-        """Token ids [B, T] -> position [B] of each caption's first end token, which has the highest id."""
+        """Token ids [B, T] -> position [B] of each caption's first end token, which has the highest id.
+
+        The plan's longest captions are ones, then id vocab_size - 1: a tower with another rule must find them as long.
+        """
         return tokens.argmax(dim=-1)
 
     def pool(self, hidden: Tensor, ends: Tensor) -> Tensor:

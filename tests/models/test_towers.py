@@ -53,12 +53,12 @@ class BertText(TextTower):
         return self.transformer.encoder.layer
 
     def run_block(self, block, hidden, ends):
-        is_word = torch.arange(hidden.shape[1]) <= ends[:, None]
+        is_word = (torch.arange(hidden.shape[1], device=ends.device) <= ends[:, None]).to(hidden.device)
         result = block(hidden, is_word[:, None, None].expand(-1, 1, hidden.shape[1], -1))
         return result if isinstance(result, torch.Tensor) else result[0]
 
     def ends(self, tokens):
-        return (tokens == SEP).int().argmax(dim=-1)
+        return (tokens != PAD).sum(dim=-1) - 1
 
     def pool(self, hidden, ends):
         return hidden[:, 0]
@@ -173,6 +173,17 @@ def test_a_new_text_tower_is_its_class():
     assert frozen_cut(model, {*trains, *unlocked_names(model, "text", layers=2)}) == Cut(0, 2)
     model.locks_heads = True
     assert layer_groups(model, "text")[-1][-1] == "text.proj.weight"
+
+
+def test_a_new_text_tower_is_measured_by_the_plan():
+    """Ends on the CPU, hidden states on the meta device; made-up captions fill the context."""
+    with torch.device("meta"):
+        tower = build_text_tower(text_config("bert"), 8)
+    captions = torch.ones(2, 12, dtype=torch.int64)
+    captions[:, -1] = 19
+    hidden, ends = tower(captions, 0, 2)
+    assert hidden.is_meta and hidden.shape == (2, 12, 16) and ends.tolist() == [11, 11]
+    assert tower(captions).shape == (2, 8)
 
 
 def test_a_new_text_tower_recomputes_its_blocks():
