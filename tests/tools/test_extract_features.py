@@ -75,6 +75,7 @@ def extract_rank(rank: int, port: int, files: Path, output: Path, dies_at: int |
     os.environ.update({key: str(value) for key, value in settings.items()})
     torch.set_num_threads(1)
     from convclip.engine.stored import extraction
+    from convclip.engine.task import ImageTextTask
     from convclip.engine.zero.launcher import start_processes
 
     start_processes()
@@ -82,7 +83,7 @@ def extract_rank(rank: int, port: int, files: Path, output: Path, dies_at: int |
     recipe = make_recipe(files, freezing=LOCKED, features__views=3, evaluation__batch=5)
     if dies_at:
         die_at_call(dies_at)
-    extraction.extract(recipe, output, torch.float32)
+    ImageTextTask(recipe).extract(output, torch.float32)
 
 
 def test_killed_at_random_points_and_resumed(files, extracted, tmp_path):

@@ -84,15 +84,15 @@ def make_files(folder: Path) -> Path:
 def with_stores(folder: Path) -> Path:
     """As make_files, with the frame store and the teacher's features, made in this process."""
     from convclip.config import load_recipe
+    from convclip.run import open_task
     from convclip.video.frame_store import FrameSettings, write_frame_store
     from convclip.video.msrvtt import find_videos
-    from convclip.video.video_extraction import run_xclip_extraction
 
     make_files(folder)
     videos = find_videos(folder / "videos", [f"video{number}" for number in range(12)])
     write_frame_store(videos, folder / "frames", FrameSettings(SIDE, FRAMES))
     recipe = load_recipe(folder / "small.yaml", overrides(folder, teachers=False))
-    run_xclip_extraction(recipe, folder / "teacher.h5", str(folder / "teacher.safetensors"), "fp32")
+    open_task(recipe).extract_teacher(folder / "teacher.h5", str(folder / "teacher.safetensors"), "fp32")
     return folder
 
 
