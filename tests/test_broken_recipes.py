@@ -260,11 +260,11 @@ def test_every_key_of_the_installed_deepspeed_has_its_rule():
 
 @pytest.fixture(scope="module")
 def main():
-    """launch/train.py's main, in this process: starting one costs seconds, and only the arguments are tested."""
+    """launch/train.py as its last line runs it, in this process: starting one costs seconds."""
     spec = importlib.util.spec_from_file_location("train_script", REPOSITORY / "launch" / "train.py")
     script = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(script)
-    return script.main
+    return lambda: script.run("convclip", script.main, script.parse_arguments())
 
 
 def run_main(main, monkeypatch, arguments) -> tuple[int, str, str]:

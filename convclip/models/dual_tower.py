@@ -118,7 +118,8 @@ class DualTower(nn.Module):
             features = self.visual.forward_between(images, start.image, self.visual.map_cut)
             image = _unit_length(self.visual.forward_from(features, self.visual.map_cut))
             extras["reference"] = _unit_length(self.reference(features.detach()))
-        bias = None if self.logit_bias is None else self.logit_bias.float()
+        # A copy: without one an fp32 output would be the parameter itself, and read as it is after the update.
+        bias = None if self.logit_bias is None else self.logit_bias.float().clone()
         return Outputs(image, text, self.logit_scale.float().exp(), bias, extras)
 
     def train(self, mode: bool = True) -> DualTower:
