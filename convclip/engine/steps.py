@@ -124,8 +124,8 @@ def _leaves(parts: Sequence[Outputs]) -> Outputs:
     return Outputs(
         leaf([part.image for part in parts]),
         leaf([part.text for part in parts]),
-        last.logit_scale.detach().clone().requires_grad_(),
-        None if last.logit_bias is None else last.logit_bias.detach().clone().requires_grad_(),
+        last.logit_scale.detach().requires_grad_(),
+        None if last.logit_bias is None else last.logit_bias.detach().requires_grad_(),
         {name: torch.cat([part.extras[name] for part in parts]).detach() for name in last.extras},
     )
 

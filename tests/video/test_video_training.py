@@ -148,7 +148,7 @@ def resume_in_the_middle(files, folder):
     train_step, more = Trainer._train_step, ("checkpoint.every_steps=7",)
 
     def stop(self, *arguments):
-        if self.step == 8:
+        if self.state.step == 8:
             raise KeyboardInterrupt
         return train_step(self, *arguments)
 
