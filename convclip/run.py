@@ -23,11 +23,12 @@ from convclip.engine.run_folder import open_run_folder
 from convclip.engine.stored.extraction import PRECISIONS, expected_store, initial_model
 from convclip.engine.stored.frozen import FrozenWork, recipe_views
 from convclip.engine.trainer import Trainer
-from convclip.engine.zero.checkpoint import checkpoint_path, load_weights, read_state, write_text
+from convclip.engine.zero.checkpoint import write_text
 from convclip.engine.zero.ds_config import load_ds_config, precision, resolve_ds_config
 from convclip.evaluation.zero_shot import load_zero_shot_set, zero_shot_accuracy
 from convclip.features.reader import FeatureStore
 from convclip.models import build_model
+from convclip.models.checkpoint_weights import checkpoint_path, load_weights, read_state
 from convclip.models.teacher import Teacher
 from convclip.schema import Recipe, UserError
 from convclip.video.student import with_video_head

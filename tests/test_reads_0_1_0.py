@@ -49,7 +49,7 @@ def evaluate_and_resume(run: str, evaluated: str) -> tuple[dict, dict, float]:
 
 @pytest.mark.parametrize("step", [3, 9])
 def test_a_checkpoint_gives_the_weights_it_gave(step):
-    from convclip.engine.zero.checkpoint import read_weights
+    from convclip.models.checkpoint_weights import read_weights
 
     assert worst_difference(read_weights(FOLDER / "run" / "checkpoints" / f"step-{step:08d}"), step) == 0
 

@@ -25,18 +25,10 @@ from convclip.engine.stages.schedule import LearningRates
 from convclip.engine.steps import accumulated_step, chunked_step
 from convclip.engine.trial import try_full_step
 from convclip.engine.zero.build import build_engine, dismantle, rebuild_engine
-from convclip.engine.zero.checkpoint import (
-    RunState,
-    load_checkpoint,
-    load_weights,
-    move_pointer,
-    read_state,
-    remove_old,
-    save_checkpoint,
-    save_locked,
-)
+from convclip.engine.zero.checkpoint import load_checkpoint, move_pointer, remove_old, save_checkpoint, save_locked
 from convclip.engine.zero.ds_config import precision, zero_stage
 from convclip.engine.zero.masters import clamp_parameter, optimizer_shards
+from convclip.models.checkpoint_weights import RunState, load_weights, read_state
 from convclip.models.layer_groups import frozen_cut, parameter_counts
 from convclip.schema import Recipe
 from convclip.video.video_inputs import VideoInputs, VideoSource
