@@ -36,15 +36,18 @@ from convclip.video.video_extraction import extract_frozen
 from convclip.video.video_parts import open_video_inputs
 
 
-def train_recipe(recipe: Recipe, ds_config: str | Path, folder: Path, resume: str = "never") -> dict[str, Any]:
+def train_recipe(
+    recipe: Recipe, ds_config: str | Path, folder: str | Path, resume: str | Path = "never"
+) -> dict[str, Any]:
     """Train `recipe` in this process group and return the summary.
 
-    Errors: UserError.
+    `resume`: never, auto, or the path of a checkpoint. Errors: UserError.
     """
+    folder = Path(folder)
     config = resolve_ds_config(load_ds_config(ds_config), recipe, world_size())
     dtype, device = precision(config), torch.device(get_accelerator().current_device_name())
     evaluation = open_evaluation(recipe, recipe.data.val) if recipe.data.val else None
-    checkpoint = open_run_folder(folder, recipe, config, resume)
+    checkpoint = open_run_folder(folder, recipe, config, str(resume))
     store = recipe.features.store
     if recipe.features.mode == "fill":
         store = folder / "features.h5"
@@ -99,18 +102,19 @@ def open_inputs(
 
 
 def evaluate_checkpoint(
-    place: Path,
-    data: str,
-    folder: Path,
+    place: str | Path,
+    data: str | Path,
+    folder: str | Path,
     precision: str = "fp32",
     overrides: Sequence[str] = (),
-    zero_shot: Path | None = None,
+    zero_shot: str | Path | None = None,
 ) -> dict[str, Any]:
     """Figures of a run's best checkpoint (or the one that `place` is) on `data`, printed and written to eval.jsonl.
 
     Any ZeRO stage and world size may have trained it. `zero_shot` is a folder of classnames.txt, templates.txt and a
     sub-folder of pictures for each class. Errors: UserError names what is missing or damaged.
     """
+    folder, data = Path(folder), str(data)
     path = checkpoint_path(place)
     recipe = load_recipe(path.parent.parent / "recipe.yaml", overrides)
     if zero_shot is not None and recipe.video is not None:

@@ -42,8 +42,9 @@ def evaluate_and_resume(run: str, evaluated: str) -> tuple[dict, dict, float]:
     from tests.engine.small_run import weights_of
 
     recipe = load_recipe(Path(run) / "recipe.yaml")
-    figures = evaluate_checkpoint(Path(run), recipe.data.val, Path(evaluated))
-    summary = train_recipe(recipe, REPOSITORY / "ds_configs" / "zero2_fp32.json", Path(run), "auto")
+    # Paths as text here, as Path in the other tests of these two.
+    figures = evaluate_checkpoint(run, recipe.data.val, evaluated)
+    summary = train_recipe(recipe, str(REPOSITORY / "ds_configs" / "zero2_fp32.json"), run, "auto")
     return figures, summary, worst_difference(weights_of(Path(run)), 12)
 
 

@@ -32,10 +32,10 @@ class RunState:
     format: int = FORMAT
 
 
-def read_state(path: Path) -> RunState:
+def read_state(path: str | Path) -> RunState:
     """The `state.json` of a checkpoint folder; UserError where it is no checkpoint of this format."""
     try:
-        state = RunState(**json.loads((path / "state.json").read_text()))
+        state = RunState(**json.loads((Path(path) / "state.json").read_text()))
     except (OSError, ValueError, TypeError) as error:
         raise UserError(f"{path} is not a convclip checkpoint: {error}") from None
     if state.format != FORMAT:
@@ -43,11 +43,12 @@ def read_state(path: Path) -> RunState:
     return state
 
 
-def read_weights(path: Path) -> dict[str, Tensor]:
+def read_weights(path: str | Path) -> dict[str, Tensor]:
     """Full fp32 weights and buffers of a checkpoint, by name, put together from all ranks' pieces on the CPU.
 
     Works for any ZeRO stage and world size, without DeepSpeed. Errors: UserError names a missing or damaged file.
     """
+    path = Path(path)
     state = read_state(path)
     with open_tensors(path.parent / "locked.safetensors") as file:
         weights = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
@@ -67,7 +68,7 @@ def read_weights(path: Path) -> dict[str, Tensor]:
     return {**weights, **trained}
 
 
-def load_weights(model: nn.Module, path: Path) -> None:
+def load_weights(model: nn.Module, path: str | Path) -> None:
     """Load a checkpoint's fp32 weights into `model`; UserError names the keys when it is another model's."""
     expected = model.state_dict()
     # The reference head of head alignment serves training alone: a model without one is none the worse.
@@ -86,8 +87,9 @@ def load_weights(model: nn.Module, path: Path) -> None:
     model.load_state_dict(weights)
 
 
-def checkpoint_path(place: Path) -> Path:
+def checkpoint_path(place: str | Path) -> Path:
     """The checkpoint meant by `place`: a checkpoint folder, or a run folder (its `best`, else its `latest`)."""
+    place = Path(place)
     if (place / "state.json").is_file():
         return place
     for pointer in ("best", "latest"):
