@@ -15,6 +15,7 @@ from convclip.engine.meters import logger
 from convclip.engine.plan.plan import make_plan
 from convclip.engine.task import ImageTextTask, Task
 from convclip.files import write_text, writing
+from convclip.models.checkpoint_weights import checkpoint_path, load_weights, read_state
 from convclip.schema import Recipe
 from convclip.video.video_task import VideoTask
 
@@ -30,10 +31,12 @@ def plan_recipe(recipe: Recipe, ds_config: Mapping[str, Any] | None = None, worl
 
 
 @plain_worker_errors()
-def train_recipe(recipe: Recipe, ds_config: str | Path, folder: str | Path, resume: str = "never") -> dict[str, Any]:
+def train_recipe(
+    recipe: Recipe, ds_config: str | Path, folder: str | Path, resume: str | Path = "never"
+) -> dict[str, Any]:
     """Train `recipe` in this process group and return the summary.
 
-    Errors: UserError.
+    `resume`: never, auto, or the path of a checkpoint. Errors: UserError.
     """
     # Here and not above: --plan and the tools do without DeepSpeed, whose import takes seconds.
     from convclip.engine.run_folder import open_run_folder
@@ -44,7 +47,7 @@ def train_recipe(recipe: Recipe, ds_config: str | Path, folder: str | Path, resu
     config = resolve_ds_config(load_ds_config(ds_config), recipe, world_size())
     device, dtype = current_device(), precision(config)
     evaluation = task.evaluation(recipe.data.val) if recipe.data.val else None
-    checkpoint = open_run_folder(folder, recipe, config, resume)
+    checkpoint = open_run_folder(folder, recipe, config, str(resume))
     store = recipe.features.store
     if recipe.features.mode == "fill":
         store = folder / "features.h5"
@@ -66,7 +69,7 @@ def train_recipe(recipe: Recipe, ds_config: str | Path, folder: str | Path, resu
 @plain_worker_errors()
 def evaluate_checkpoint(
     place: str | Path,
-    data: str,
+    data: str | Path,
     folder: str | Path,
     precision: str = "fp32",
     overrides: Sequence[str] = (),
@@ -77,9 +80,7 @@ def evaluate_checkpoint(
     Any ZeRO stage and world size may have trained it. `zero_shot` is a folder of classnames.txt, templates.txt and a
     sub-folder of pictures for each class. Errors: UserError names what is missing or damaged.
     """
-    from convclip.engine.zero.checkpoint import checkpoint_path, load_weights, read_state
-
-    path, folder = checkpoint_path(Path(place)), Path(folder)
+    path, folder, data = checkpoint_path(place), Path(folder), str(data)
     task = open_task(load_recipe(path.parent.parent / "recipe.yaml", overrides))
     classes = task.zero_shot(Path(zero_shot)) if zero_shot is not None else None
     model = task.build_model()

@@ -30,8 +30,8 @@ def main(arguments: list[str] | None = None) -> int:
 def export(options: argparse.Namespace) -> None:
     """Build the checkpoint's model, load it exactly, write the folder and say how to use it."""
     # Imported late: --help should not wait for torch.
-    from convclip.engine.zero.checkpoint import checkpoint_path, load_weights
     from convclip.models import build_model
+    from convclip.models.checkpoint_weights import checkpoint_path, load_weights
     from convclip.models.export import export_open_clip
     from convclip.models.weights import load_exact
 

@@ -8,9 +8,9 @@ from typing import Any
 
 from convclip.config import UserError, load_recipe
 from convclip.distributed import barrier, is_main, world_size
-from convclip.engine.zero.checkpoint import read_state
 from convclip.engine.zero.ds_config import precision, zero_stage
 from convclip.files import write_text, writing
+from convclip.models.checkpoint_weights import read_state
 from convclip.schema import Recipe
 
 # Recipe fields that a resumed run may change: they do not change what is computed.

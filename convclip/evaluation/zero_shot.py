@@ -49,8 +49,9 @@ class ZeroShotSet:
         return [template.replace("{}", name) for name in self.names for template in self.templates]
 
 
-def load_zero_shot_set(folder: Path) -> ZeroShotSet:
+def load_zero_shot_set(folder: str | Path) -> ZeroShotSet:
     """The set in `folder` (see above). UserError names the file or sub-folder that is missing or does not fit."""
+    folder = Path(folder)
     templates = _lines(folder / "templates.txt")
     for template in templates:
         if template.count("{}") != 1:

@@ -119,7 +119,6 @@ class DualTower(nn.Module):
             image = _unit_length(self.visual.forward_from(features, self.visual.map_cut))
             extras["reference"] = _unit_length(self.reference(features.detach()))
         # A copy: without one an fp32 output would be the parameter itself, and read as it is after the update.
-        # A copy: in fp32 it would be the parameter itself, which the step changes.
         bias = None if self.logit_bias is None else self.logit_bias.float().clone()
         return Outputs(image, text, self.logit_scale.float().exp(), bias, extras)
 

@@ -93,6 +93,6 @@ def train_here(files: str, output: str, stage: int, overrides: tuple[str, ...] =
 
 def weights_of(run_folder: Path) -> dict[str, torch.Tensor]:
     """Full fp32 weights of a run's latest checkpoint."""
-    from convclip.engine.zero.checkpoint import read_weights
+    from convclip.models.checkpoint_weights import read_weights
 
     return read_weights(run_folder / (run_folder / "latest").read_text().strip())

@@ -81,8 +81,8 @@ def test_an_exported_run_embeds_the_same_in_open_clip(launched, files, tmp_path)
     import open_clip
 
     from convclip.config import load_recipe
-    from convclip.engine.zero.checkpoint import load_weights
     from convclip.models import build_model
+    from convclip.models.checkpoint_weights import load_weights
 
     _, output = launched
     export = [sys.executable, "tools/export_open_clip.py", "--checkpoint", str(output), "--output_dir"]

@@ -3,7 +3,7 @@
 `checkpoints/step-00001000/` holds `rank-00000.safetensors` … (masters, optimizer state, random state, buffers, and
 where each piece of each parameter stands) and `state.json`. It is written as `….part`, renamed by rank 0 after every
 rank has written, and only then does `latest` move. Weights that do not train at the start of the run are written once,
-to `checkpoints/locked.safetensors`.
+to `checkpoints/locked.safetensors`. `convclip.models.checkpoint_weights` reads the weights back, without DeepSpeed.
 """
 
 from __future__ import annotations
@@ -11,13 +11,12 @@ from __future__ import annotations
 import json
 import shutil
 from collections.abc import Iterable, Mapping
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-import torch
 from deepspeed import DeepSpeedEngine
-from safetensors import SafetensorError, safe_open
+from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
@@ -27,31 +26,7 @@ from convclip.distributed import barrier, gather_objects, is_main, rank
 from convclip.engine.zero.build import OptimizerSnapshot, restore_snapshot, take_snapshot
 from convclip.engine.zero.masters import is_replicated, master_shards
 from convclip.files import CannotWrite, publish, whole_file, write_text, writing
-
-FORMAT = 1
-
-
-@dataclass
-class RunState:
-    """Where a run stands, live: optimizer steps done, the stage of the unfreeze schedule, the best figures so far; and
-    what its engine is. A checkpoint's state.json holds it."""
-
-    step: int
-    stage: int
-    world_size: int
-    zero_stage: int
-    precision: str
-    best: dict[str, float] = field(default_factory=dict)
-    format: int = FORMAT
-
-    def take_best(self, recalls: Mapping[str, float]) -> bool:
-        """Whether these standard recalls have the highest mean R@1 so far; they are `best` then."""
-        first = [value for key, value in recalls.items() if key.endswith("_r1")]
-        score = sum(first) / len(first)
-        if score <= self.best.get("mean_r1", -1.0):
-            return False
-        self.best = {"mean_r1": score, "step": self.step, **recalls}
-        return True
+from convclip.models.checkpoint_weights import RunState, open_tensors, rank_file
 
 
 def save_locked(model: nn.Module, trainable: set[str], folder: Path) -> None:
@@ -98,7 +73,7 @@ def load_checkpoint(engine: DeepSpeedEngine, path: Path) -> None:
     shards = master_shards(engine)
     own = path / rank_file(rank())
     source = path / rank_file(0) if is_replicated(engine) else own
-    with _open(source) as file:
+    with open_tensors(source) as file:
         layout = json.loads(file.metadata()["layout"])
         expected = [_layout(shard.pieces) for shard in shards]
         if layout["shards"] != json.loads(json.dumps(expected)):
@@ -111,77 +86,13 @@ def load_checkpoint(engine: DeepSpeedEngine, path: Path) -> None:
             for index in range(len(shards))
         ]
     restore_snapshot(engine, OptimizerSnapshot(masters, states, layout["scaler"], layout["counters"]))
-    with _open(own) as file:
+    with open_tensors(own) as file:
         buffers = _buffers(engine.module)
         for key in file.keys():  # noqa: SIM118 - a safetensors handle is not a mapping
             if key.startswith("buffer/"):
                 buffers[key.removeprefix("buffer/")].data.copy_(file.get_tensor(key))
         on_device = "random/device" in file.keys()  # noqa: SIM118
         RandomState(file.get_tensor("random/cpu"), file.get_tensor("random/device") if on_device else None).restore()
-
-
-def read_state(path: Path) -> RunState:
-    """The `state.json` of a checkpoint folder; UserError where it is no checkpoint of this format."""
-    try:
-        state = RunState(**json.loads((path / "state.json").read_text()))
-    except (OSError, ValueError, TypeError) as error:
-        raise UserError(f"{path} is not a convclip checkpoint: {error}") from None
-    if state.format != FORMAT:
-        raise UserError(f"{path} has checkpoint format {state.format}, this convclip reads {FORMAT}")
-    return state
-
-
-def read_weights(path: Path) -> dict[str, Tensor]:
-    """Full fp32 weights and buffers of a checkpoint, by name, put together from all ranks' pieces on the CPU.
-
-    Works for any ZeRO stage and world size, without DeepSpeed. Errors: UserError names a missing or damaged file.
-    """
-    state = read_state(path)
-    with _open(path.parent / "locked.safetensors") as file:
-        weights = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
-    trained: dict[str, Tensor] = {}
-    for number in range(1 if state.zero_stage == 0 else state.world_size):
-        with _open(path / rank_file(number)) as file:
-            layout = json.loads(file.metadata()["layout"])
-            for index, pieces in enumerate(layout["shards"]):
-                flat = file.get_tensor(f"{index}/master").view(-1)
-                for name, start, offset, length in pieces:
-                    if name not in trained:
-                        trained[name] = torch.empty(layout["shapes"][name])
-                    trained[name].view(-1)[start : start + length] = flat[offset : offset + length]
-            if number == 0:
-                keys = [key for key in file.keys() if key.startswith("buffer/")]  # noqa: SIM118
-                weights.update({key.removeprefix("buffer/"): file.get_tensor(key) for key in keys})
-    return {**weights, **trained}
-
-
-def load_weights(model: nn.Module, path: Path) -> None:
-    """Load a checkpoint's fp32 weights into `model`; UserError names the keys when it is another model's."""
-    expected = model.state_dict()
-    # The reference head of head alignment serves training alone: a model without one is none the worse.
-    weights = {n: value for n, value in read_weights(path).items() if n in expected or not n.startswith("reference.")}
-    problems = [f"{name} is missing" for name in expected if name not in weights]
-    problems += [f"{name} is not in this model" for name in weights if name not in expected]
-    problems += [
-        f"{name} is {tuple(weights[name].shape)} there, {tuple(value.shape)} here"
-        for name, value in expected.items()
-        if name in weights and weights[name].shape != value.shape
-    ]
-    if problems:
-        raise UserError(
-            f"{path} is a checkpoint of another model: {'; '.join(problems[:3])} ({len(problems)} differences)"
-        )
-    model.load_state_dict(weights)
-
-
-def checkpoint_path(place: Path) -> Path:
-    """The checkpoint meant by `place`: a checkpoint folder, or a run folder (its `best`, else its `latest`)."""
-    if (place / "state.json").is_file():
-        return place
-    for pointer in ("best", "latest"):
-        if (place / pointer).is_file():
-            return place / (place / pointer).read_text().strip()
-    raise UserError(f"{place} holds no checkpoint: give a run's folder, or one of its checkpoints/step-XXXXXXXX")
 
 
 def move_pointer(run_folder: Path, name: str, target: Path) -> None:
@@ -203,11 +114,6 @@ def remove_old(run_folder: Path, keep_last: int) -> None:
     for path in sorted(folder.glob("step-*"))[:-keep_last]:
         if str(path.relative_to(run_folder)) not in kept:
             shutil.rmtree(path, ignore_errors=True)
-
-
-def rank_file(number: int) -> str:
-    """File name of one rank's part of a checkpoint."""
-    return f"rank-{number:05d}.safetensors"
 
 
 def _save_rank(engine: DeepSpeedEngine, path: Path) -> None:
@@ -258,10 +164,3 @@ def _write_tensors(tensors: Mapping[str, Tensor], path: Path, metadata: dict[str
             save_file(dict(tensors), part, metadata=metadata)
         except SafetensorError as error:  # Its name for a full disk.
             raise CannotWrite(f"{path} cannot be written: {error}") from None
-
-
-def _open(path: Path) -> Any:
-    try:
-        return safe_open(path, framework="pt")
-    except (OSError, SafetensorError) as error:
-        raise UserError(f"{path} is missing or damaged ({error}): resume from another checkpoint") from None

@@ -14,18 +14,10 @@ from deepspeed import DeepSpeedEngine
 from convclip.distributed import rank, world_size
 from convclip.engine.stages.groups import Stage, event_starts, training_stages
 from convclip.engine.zero.build import build_engine, dismantle, rebuild_engine
-from convclip.engine.zero.checkpoint import (
-    RunState,
-    load_checkpoint,
-    load_weights,
-    move_pointer,
-    read_state,
-    remove_old,
-    save_checkpoint,
-    save_locked,
-)
+from convclip.engine.zero.checkpoint import load_checkpoint, move_pointer, remove_old, save_checkpoint, save_locked
 from convclip.engine.zero.ds_config import precision, zero_stage
 from convclip.engine.zero.masters import clamp_parameter, master_shards
+from convclip.models.checkpoint_weights import RunState, load_weights, read_state
 from convclip.models.dual_tower import DualTower
 from convclip.models.layer_groups import frozen_cut
 from convclip.schema import Recipe

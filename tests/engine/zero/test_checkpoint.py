@@ -40,14 +40,8 @@ def resume_everywhere(world: int, folder: str) -> dict:
     """Save around both events, go on from each checkpoint in a new engine, compare with never having stopped."""
     from convclip.distributed import world_size
     from convclip.engine.zero.build import build_engine, rebuild_engine
-    from convclip.engine.zero.checkpoint import (
-        RunState,
-        load_checkpoint,
-        load_weights,
-        read_weights,
-        save_checkpoint,
-        save_locked,
-    )
+    from convclip.engine.zero.checkpoint import load_checkpoint, save_checkpoint, save_locked
+    from convclip.models.checkpoint_weights import RunState, load_weights, read_weights
 
     assert world_size() == world
     allow_fp16_on_cpu()
@@ -114,7 +108,8 @@ def test_weights_are_read_whole_from_any_stage(found):
 
 def broken_saves(folder: str) -> list[str]:
     """Damage a checkpoint in several ways; the messages of reading it."""
-    from convclip.engine.zero.checkpoint import RunState, load_weights, save_checkpoint, save_locked
+    from convclip.engine.zero.checkpoint import save_checkpoint, save_locked
+    from convclip.models.checkpoint_weights import RunState, load_weights
 
     place = Path(folder) / "run" / "checkpoints"
     save_locked(SmallModel(), {"third.weight", "third.bias", "logit_scale"}, place)
@@ -153,7 +148,8 @@ def test_damaged_checkpoints_are_named(tmp_path):
 def killed_save(folder: str) -> None:
     """A rank that dies while it writes its part of the second checkpoint."""
     from convclip.engine.zero import checkpoint
-    from convclip.engine.zero.checkpoint import RunState, move_pointer, save_checkpoint, save_locked
+    from convclip.engine.zero.checkpoint import move_pointer, save_checkpoint, save_locked
+    from convclip.models.checkpoint_weights import RunState
 
     run = Path(folder) / "run"
     save_locked(SmallModel(), {"third.weight", "third.bias", "logit_scale"}, run / "checkpoints")
@@ -172,7 +168,8 @@ def killed_save(folder: str) -> None:
 
 @pytest.mark.launch
 def test_a_kill_in_mid_save_leaves_the_last_good_checkpoint(tmp_path):
-    from convclip.engine.zero.checkpoint import checkpoint_path, load_weights, remove_old
+    from convclip.engine.zero.checkpoint import remove_old
+    from convclip.models.checkpoint_weights import checkpoint_path, load_weights
 
     with pytest.raises(Exception, match="SIGKILL"):
         run_ranks(1, tmp_path / "out.pt", killed_save, str(tmp_path))

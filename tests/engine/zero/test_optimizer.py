@@ -9,7 +9,8 @@ import pytest
 import torch
 
 from convclip.engine.zero import build
-from convclip.engine.zero.checkpoint import RunState, load_checkpoint, save_checkpoint
+from convclip.engine.zero.checkpoint import load_checkpoint, save_checkpoint
+from convclip.models.checkpoint_weights import RunState
 from tests.engine.small_engine import (
     ACCUMULATION,
     CLIP,
