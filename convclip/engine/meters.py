@@ -10,9 +10,10 @@ import time
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import Tensor
 
-from convclip.distributed import is_main
+from convclip.distributed import all_reduce_max, is_main
 from convclip.files import append_line
 from convclip.schema import UserError
 
@@ -136,30 +137,51 @@ class StepClock:
 
 
 class LossWatch:
-    """Sees whether losses are finite, a step late where it can: reading a loss waits for the device."""
+    """Sees whether steps are sound: the loss finite on every rank, and no update skipped for a gradient that is not.
 
-    def __init__(self, max_bad_steps: int) -> None:
-        self.max_bad_steps, self.bad_steps = max_bad_steps, 0
-        self.unread: list[tuple[int, Tensor]] = []
+    What it decides is decided alike on all ranks, so `read` is a collective. It is called where steps are logged and
+    saved; in between, losses stay on the device and nothing waits for them.
+    """
 
-    def add(self, step: int, loss: Tensor) -> None:
-        """A step's loss, still on the device."""
-        self.unread.append((step, loss))
+    def __init__(self, max_bad_steps: int, skips_are_normal: bool = False) -> None:
+        """`skips_are_normal`: fp16's loss scale finds its size by skipping updates."""
+        self.max_bad_steps, self.skips_are_normal, self.bad_steps = max_bad_steps, skips_are_normal, 0
+        self._unread: list[tuple[int, Tensor, bool]] = []
 
-    def read(self, keep: int = 0) -> None:
-        """Read all but the `keep` newest; UserError after max_bad_steps in a row that are NaN or infinite."""
-        while len(self.unread) > keep:
-            step, loss = self.unread.pop(0)
-            if math.isfinite(loss.item()):
-                self.bad_steps = 0
-                continue
-            self.bad_steps += 1
-            logger.warning(f"step {step}: loss is {loss.item()} ({self.bad_steps} in a row)")
-            if self.bad_steps >= self.max_bad_steps:
-                raise UserError(
-                    f"stopped at step {step}: {self.bad_steps} steps in a row without a finite loss; lower optim.lr, "
-                    f"set optim.clip_grad_norm, or use bf16 or fp32; the last good checkpoint is kept"
-                )
+    @property
+    def is_full(self) -> bool:
+        """Whether so many steps are unread that they may be one bad step too many; alike on all ranks."""
+        return len(self._unread) >= self.max_bad_steps
+
+    def add(self, step: int, loss: Tensor, updated: bool) -> None:
+        """A step's loss on this rank, still on the device, and whether weights were updated."""
+        self._unread.append((step, loss, updated))
+
+    def read(self) -> None:
+        """Look at all steps since the last time; UserError after max_bad_steps in a row that are not sound."""
+        if not self._unread:
+            return
+        own = torch.stack([loss for _, loss, _ in self._unread]).float()
+        infinite = all_reduce_max((~own.isfinite()).float()).tolist()
+        for (step, _, updated), is_infinite, loss in zip(self._unread, infinite, own.tolist(), strict=True):
+            self._judge(step, bool(is_infinite), loss, updated)
+        self._unread.clear()
+
+    def _judge(self, step: int, is_infinite: bool, loss: float, updated: bool) -> None:
+        if not is_infinite and (updated or self.skips_are_normal):
+            self.bad_steps = 0
+            return
+        self.bad_steps += 1
+        what = "the gradient is not finite"
+        if is_infinite:
+            what = "loss is not finite on another rank" if math.isfinite(loss) else f"loss is {loss}"
+        skipped = "" if updated else ", update skipped"
+        logger.warning(f"step {step}: {what}{skipped} ({self.bad_steps} in a row)")
+        if self.bad_steps >= self.max_bad_steps:
+            raise UserError(
+                f"stopped at step {step}: {self.bad_steps} steps in a row without a finite loss and gradient; lower "
+                f"optim.lr, set optim.clip_grad_norm, or use bf16 or fp32; the last good checkpoint is kept"
+            )
 
 
 def clock(seconds: float) -> str:

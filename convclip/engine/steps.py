@@ -20,6 +20,7 @@ from convclip.devices import RandomState
 from convclip.engine.inputs import Inputs
 from convclip.engine.objective import Losses
 from convclip.engine.zero.build import reduce_once
+from convclip.engine.zero.update import take_update
 from convclip.models.dual_tower import Cut, Outputs
 
 # (outputs of the model, the micro batches they come from, the optimizer step) -> losses.
@@ -34,11 +35,15 @@ class ModelInputs(Protocol):
 
 
 class StepResult(NamedTuple):
-    """Losses of this rank, and the model's exponentiated logit scale [1] and logit bias [1]; no gradient."""
+    """Losses of this rank, and the model's exponentiated logit scale [1] and logit bias [1]; no gradient.
+
+    `updated` is False where the optimizer skipped its update, because a gradient of some rank is not finite.
+    """
 
     losses: Losses
     logit_scale: Tensor
     logit_bias: Tensor | None
+    updated: bool
 
 
 def accumulated_step(
@@ -51,11 +56,11 @@ def accumulated_step(
         outputs: Outputs = engine(*batch.model_inputs())
         losses = objective(outputs, [batch], step)
         engine.backward(losses["total"])
-        engine.step()
+        updated = take_update(engine)
         for name, loss in losses.items():
             share = loss.detach() / count
             mean[name] = mean[name] + share if name in mean else share
-    return StepResult(mean, outputs.logit_scale.detach(), _detached(outputs.logit_bias))
+    return StepResult(mean, outputs.logit_scale.detach(), _detached(outputs.logit_bias), updated)
 
 
 def chunked_step(
@@ -100,13 +105,13 @@ def chunked_step(
             engine.set_gradient_accumulation_boundary(number == 0)
             engine.backward(_surrogate(outputs, leaves, number * rows, len(kept)), scale_wrt_gas=False)
     engine.set_gradient_accumulation_boundary(True)
-    engine.step()
+    updated = take_update(engine)
     after.restore()
     with torch.no_grad():
         for buffer, value in zip(engine.module.buffers(), buffers, strict=True):
             buffer.copy_(value)
     found = {name: loss.detach() for name, loss in losses.items()}
-    return StepResult(found, leaves.logit_scale.detach(), _detached(leaves.logit_bias))
+    return StepResult(found, leaves.logit_scale.detach(), _detached(leaves.logit_bias), updated)
 
 
 def _leaves(parts: Sequence[Outputs]) -> Outputs:

@@ -9,6 +9,7 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import nn
 
 from convclip.data.loader import Batch
@@ -41,8 +42,8 @@ class Trainer:
         self.steps_per_epoch = parts.loader.steps_per_epoch
         self.total_steps = int(min(self.steps_per_epoch * self.recipe.epochs, self.recipe.max_steps or math.inf))
         self.log, self.clock = RunLog(folder, self.total_steps), StepClock()
-        self.losses = LossWatch(self.recipe.max_bad_steps)
         self.staged = StagedEngine(model, self.recipe, ds_config, self.steps_per_epoch, folder)
+        self.losses = LossWatch(self.recipe.max_bad_steps, skips_are_normal=self.staged.dtype == torch.float16)
         self.rates = LearningRates(self.recipe, self.total_steps, self.staged.event_starts)
         self.state = self.staged.load(checkpoint)
         self._start(checkpoint)
@@ -118,11 +119,12 @@ class Trainer:
             started = time.perf_counter()
 
     def _report_step(self, result: StepResult) -> None:
-        """Every `log_every` steps write the figures; in between only watch that the loss is finite."""
+        """Every `log_every` steps write the figures; in between only keep the loss, to see later that it is finite."""
         step = self.state.step
         due = step % self.recipe.log_every == 0 or step == self.total_steps
-        self.losses.add(step, result.losses["total"])
-        self.losses.read(keep=0 if due else 1)
+        self.losses.add(step, result.losses["total"], result.updated)
+        if due or self.losses.is_full:
+            self.losses.read()
         if not due:
             return
         row = {
@@ -183,7 +185,7 @@ class Trainer:
         """Save a checkpoint, move `latest`, and `best` where the mean standard R@1 is higher than ever."""
         self.losses.read()
         if self.losses.bad_steps:
-            logger.warning(f"step {self.state.step}: not saved, the loss is not finite")
+            logger.warning(f"step {self.state.step}: not saved, the loss or the gradient is not finite")
             return
         is_best = figures is not None and self.state.take_best(figures["standard"])
         self.staged.save(self.state, is_best, self.recipe.checkpoint.keep_last)

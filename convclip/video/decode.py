@@ -30,14 +30,14 @@ class VideoError(Exception):
 
 
 @dataclass(frozen=True)
-class Clip:
+class VideoClip:
     """uint8 [n, 3, S, S] with n <= F; `note` says what was wrong with a file that could be used all the same."""
 
     frames: torch.Tensor
     note: str | None = None
 
 
-def read_clip(path: str | Path, size: int = 224, frames: int = FRAMES, fps: float = 1.0) -> Clip:
+def read_clip(path: str | Path, size: int = 224, frames: int = FRAMES, fps: float = 1.0) -> VideoClip:
     """Decode a file and keep what was on screen at 0, 1/fps, 2/fps, … seconds, thinned to `frames`.
 
     Frames are turned upright, their shorter side resized to `size` (bicubic), centre-cropped. VideoError: missing,
@@ -62,7 +62,7 @@ def read_clip(path: str | Path, size: int = 224, frames: int = FRAMES, fps: floa
     if not sampled:
         raise VideoError(decoder.problem or "no frame in it")
     kept = torch.stack([sampled[i] for i in evenly(len(sampled), frames)])
-    return Clip(kept, decoder.problem)
+    return VideoClip(kept, decoder.problem)
 
 
 def evenly(n: int, frames: int = FRAMES) -> list[int]:

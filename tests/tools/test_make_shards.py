@@ -96,22 +96,23 @@ def wait_until(condition, what: str) -> None:
 
 # Python runs a file of this name at its start, in worker processes too.
 BLOCKING = """
-import builtins, time
+import builtins, os, time
 opened = builtins.open
 def open_or_block(path, *arguments, **options):
     if str(path).endswith("images/5.jpg"):
-        time.sleep(3600)
+        while not os.path.exists(str(path)[: -len("images/5.jpg")] + "go_on"):
+            time.sleep(0.05)
     return opened(path, *arguments, **options)
 builtins.open = open_or_block
 """
 
 
-def stop_midway(source: Path, workers: int, stop: signal.Signals) -> tuple[subprocess.Popen, str, list[int]]:
-    """Start a run that blocks at one picture, whose opening never ends; stop it when all it can write is written."""
+def start_blocked(source: Path, workers: int) -> subprocess.Popen:
+    """A run that cannot open one picture until there is a file source/go_on."""
     (source / "blocking").mkdir()
     (source / "blocking" / "sitecustomize.py").write_text(BLOCKING)
     path = os.pathsep.join(filter(None, [str(source / "blocking"), os.environ.get("PYTHONPATH")]))
-    process = subprocess.Popen(
+    return subprocess.Popen(
         command(source, "--workers", workers),
         stderr=subprocess.PIPE,
         text=True,
@@ -121,6 +122,11 @@ def stop_midway(source: Path, workers: int, stop: signal.Signals) -> tuple[subpr
         # A test run in the background inherits an ignored Ctrl-C; at a terminal it is not.
         preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
     )
+
+
+def stop_midway(source: Path, workers: int, stop: signal.Signals) -> tuple[subprocess.Popen, str, list[int]]:
+    """Start a run that blocks at one picture; stop it when all it can write is written."""
+    process = start_blocked(source, workers)
     journal = source / "out" / "train.index.json.part"
     # With one worker the blocked shard also holds up those after it.
     enough = 1 if workers == 1 else 1 + 3
@@ -171,12 +177,8 @@ def test_ctrl_c_ends_in_one_line_and_leaves_whole_shards_only(source, workers):
 
 @pytest.mark.parametrize("workers", [1, 2])
 def test_a_second_run_at_once_is_refused_and_harms_nothing(source, workers):
-    """The first waits at a picture, a pipe; the second says who is writing, and the first then ends as if alone."""
-    picture = source / "images" / "5.jpg"
-    whole = picture.read_bytes()
-    picture.unlink()
-    os.mkfifo(picture)
-    first = subprocess.Popen(command(source, "--workers", workers), stderr=subprocess.PIPE, text=True, cwd=REPOSITORY)
+    """The first waits at a picture; the second says who is writing, and the first then ends as if alone."""
+    first = start_blocked(source, workers)
     try:
         wait_until(lambda: any((source / "out").glob("*.tar.*.part")), "the first run writes no shard")
         assert_one_line(
@@ -188,19 +190,16 @@ def test_a_second_run_at_once_is_refused_and_harms_nothing(source, workers):
         # Another split of the same folder is another work.
         other = ("--split", "val", "--images", source / "more", "--annotations", source / "more.json")
         (source / "more").mkdir()
-        (source / "more" / "a.jpg").write_bytes(whole)
+        (source / "more" / "a.jpg").write_bytes((source / "images" / "5.jpg").read_bytes())
         table = {"images": [{"id": 1, "file_name": "a.jpg"}], "annotations": [{"id": 1, "image_id": 1, "caption": "a"}]}
         (source / "more.json").write_text(json.dumps(table))
         assert run(source, *other, "--workers", 1).returncode == 0
-        with picture.open("wb") as pipe:
-            pipe.write(whole)
+        (source / "go_on").touch()
         _, errors = first.communicate(timeout=60)
     finally:
         first.kill()
         first.wait()
     assert first.returncode == 0, errors
-    picture.unlink()
-    picture.write_bytes(whole)
     assert run(source, "--output_dir", source / "alone", "--workers", 1).returncode == 0
     written = {name: data for name, data in contents(source / "out").items() if not name.startswith("val")}
     assert written == contents(source / "alone")
