@@ -25,6 +25,7 @@ from convclip.data.tokenizers import Tokenizer, build_tokenizer
 from convclip.data.transforms import EvalTransform, normalize, stack_images
 from convclip.devices import PRECISIONS
 from convclip.models import DualTower, build_model
+from convclip.models.batch_norm import to_precision
 from convclip.models.checkpoint_weights import checkpoint_path, load_weights
 from convclip.models.export import OUR_CONFIG, load_export
 from convclip.models.weights import HUB, load_exact
@@ -173,7 +174,7 @@ def load_clip(
         # An export takes its tokenizer along, where somebody has put it there for open_clip.
         text = text.model_copy(update={"tokenizer": str(source)})
     return Clip(
-        model=model.requires_grad_(False).to(place, precision).eval(),
+        model=to_precision(model.requires_grad_(False), precision, place).eval(),
         tokenizer=build_tokenizer(text),
         transform=EvalTransform(config.image.image_size),
         config=config,

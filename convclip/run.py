@@ -15,6 +15,7 @@ from convclip.engine.meters import logger
 from convclip.engine.plan.plan import make_plan
 from convclip.engine.task import ImageTextTask, Task
 from convclip.files import write_text, writing
+from convclip.models.batch_norm import to_precision
 from convclip.models.checkpoint_weights import checkpoint_path, load_weights, read_state
 from convclip.schema import Recipe
 from convclip.video.video_task import VideoTask
@@ -86,7 +87,7 @@ def evaluate_checkpoint(
     model = task.build_model()
     load_weights(model, path)
     dtype, device = PRECISIONS[precision], current_device()
-    model = model.to(device, dtype).eval()
+    model = to_precision(model, dtype, device).eval()
     evaluation = task.evaluation(data)
     figures = evaluation.figures(model, device, dtype)
     table = evaluation.table(figures)

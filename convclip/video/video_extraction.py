@@ -25,6 +25,7 @@ from convclip.features.layout import ArraySpec, estimate
 from convclip.features.reader import state_dict_sha256
 from convclip.features.writer import FeatureWriter
 from convclip.files import sha256_of
+from convclip.models.batch_norm import to_precision
 from convclip.schema import Recipe, UserError
 from convclip.video.clip_loader import VideoEvaluationSet, load_video_set
 from convclip.video.msrvtt import tokenize_captions
@@ -172,7 +173,7 @@ class TowersFeatures:
     def __init__(self, recipe: Recipe, work: TowersWork, data: VideoEvaluationSet, dtype: torch.dtype) -> None:
         self.recipe, self.data, self.dtype = recipe, data, dtype
         self.device = current_device()
-        self.model = work.model.to(self.device, dtype).requires_grad_(False).eval()
+        self.model = to_precision(work.model, dtype, self.device).requires_grad_(False).eval()
         width, name = work.model.text.embed_dim, PRECISION_NAMES[dtype]
         self.arrays: dict[str, ArraySpec] = {}
         if work.frames:

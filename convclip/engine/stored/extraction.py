@@ -23,6 +23,7 @@ from convclip.engine.stored.frozen import FrozenWork, frozen_work, map_shape, re
 from convclip.features.layout import estimate
 from convclip.features.reader import FeatureStore, view_ids
 from convclip.features.writer import FeatureWriter
+from convclip.models.batch_norm import to_precision
 from convclip.models.dual_tower import Cut, DualTower
 from convclip.models.teacher import Teacher
 from convclip.schema import Recipe, UserError
@@ -54,7 +55,7 @@ class Extraction:
         self.recipe, self.dtype = recipe, dtype
         self.device = current_device()
         model.reference = None
-        self.model: DualTower = model.to(self.device, dtype).requires_grad_(False).eval()
+        self.model: DualTower = to_precision(model, dtype, self.device).requires_grad_(False).eval()
         self.teacher = Teacher(recipe.teacher).to(self.device, dtype) if recipe.teacher else None
         if self.teacher is not None:
             self.identity["teacher_logit_scale"] = self.teacher.scale

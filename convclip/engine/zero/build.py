@@ -26,6 +26,7 @@ from convclip.engine.stages.groups import Group
 from convclip.engine.zero.ds_config import precision
 from convclip.engine.zero.masters import master_shards, refresh_model_copy, write_masters
 from convclip.engine.zero.optimizer import make_optimizer, moved_state, optimizer_groups
+from convclip.models.batch_norm import float32_statistics
 from convclip.schema import Optim
 
 COUNTERS = ("global_steps", "global_samples", "micro_steps", "skipped_steps")
@@ -56,13 +57,13 @@ def build_engine(
     trainable = {name for group in groups for name in group.parameters}
     for name, parameter in model.named_parameters():
         parameter.requires_grad_(name in trainable)
-    for buffer in model.buffers():
-        # DeepSpeed casts the parameters alone, and a batch norm wants its running statistics in the same precision.
-        if buffer.is_floating_point():
-            buffer.data = buffer.data.to(precision(ds_config))
     model.train()
     optimizer = make_optimizer(optim, optimizer_groups(model, groups))
-    with _quiet():
+    with _quiet(), float32_statistics(model):
+        for buffer in model.buffers():
+            # DeepSpeed casts the parameters alone; a mask must have the precision of what it is added to.
+            if buffer.is_floating_point():
+                buffer.data = buffer.data.to(precision(ds_config))
         engine, *_ = deepspeed.initialize(model=model, optimizer=optimizer, config=dict(ds_config))
     if isinstance(engine.optimizer, FP16_UnfusedOptimizer):
         # Its constructor runs a step on zero gradients: undo the step count and the weight decay it applied.

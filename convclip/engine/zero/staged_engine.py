@@ -17,6 +17,7 @@ from convclip.engine.zero.build import build_engine, dismantle, rebuild_engine
 from convclip.engine.zero.checkpoint import load_checkpoint, move_pointer, remove_old, save_checkpoint, save_locked
 from convclip.engine.zero.ds_config import precision, zero_stage
 from convclip.engine.zero.masters import clamp_parameter, master_shards
+from convclip.models.batch_norm import average_running_statistics
 from convclip.models.checkpoint_weights import RunState, load_weights, read_state
 from convclip.models.dual_tower import DualTower
 from convclip.models.layer_groups import frozen_cut
@@ -95,7 +96,8 @@ class StagedEngine:
 
     @contextlib.contextmanager
     def evaluating(self) -> Iterator[None]:
-        """The model in eval mode and without gradient."""
+        """The model in eval mode and without gradient, with running statistics that all ranks share."""
+        average_running_statistics(self._model)
         self.engine.eval()
         with torch.no_grad():
             yield
@@ -106,6 +108,7 @@ class StagedEngine:
 
         Errors: UserError on every rank where one cannot write.
         """
+        average_running_statistics(self._model)
         path = save_checkpoint(self.engine, self.folder / "checkpoints", replace(state, stage=self.stage))
         move_pointer(self.folder, "latest", path)
         if is_best:
