@@ -38,7 +38,9 @@ def embed(
 
     def pictures(images: Tensor) -> Tensor:
         pixels = normalize(images.to(device, non_blocking=True), image_tower.mean, image_tower.std, dtype)
-        return encode(images=pixels).image
+        features = encode(images=pixels).image
+        assert features is not None  # of a tower that had input
+        return features
 
     image_batches = dataset.image_batches(*place, workers)
     images = embed_rows(pictures, image_batches, len(dataset), "embedding images")
@@ -47,6 +49,7 @@ def embed(
     def captions(texts: Tensor) -> Tensor:
         outputs = encode(texts=texts.to(device, non_blocking=True))
         scales[:] = [outputs]
+        assert outputs.text is not None  # of a tower that had input
         return outputs.text
 
     texts = embed_rows(captions, dataset.text_batches(*place, workers), len(dataset.captions), "embedding texts")
@@ -73,7 +76,7 @@ def evaluate(
 
 
 def _figures(found: Outputs, image_of_text: Tensor, batch: int) -> dict[str, Any]:
-    images, texts = found.image, found.text
+    images, texts = found.both()
     return {
         "standard": standard_recall(images, texts, image_of_text),
         "rowwise": rowwise_recall(images, texts, image_of_text=image_of_text),
