@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
@@ -18,6 +18,8 @@ from convclip.schema import ImageTowerConfig
 
 # A model called as (images=…) or (texts=…).
 Encode = Callable[..., Outputs]
+# What one batch is embedded from.
+Given = TypeVar("Given")
 
 
 @torch.no_grad()
@@ -87,7 +89,7 @@ def _figures(found: Outputs, image_of_text: Tensor, batch: int) -> dict[str, Any
 
 
 def embed_rows(
-    embed_batch: Callable[[Tensor], Tensor], batches: Iterable[tuple[Tensor, Tensor]], count: int, what: str
+    embed_batch: Callable[[Given], Tensor], batches: Iterable[tuple[Tensor, Given]], count: int, what: str
 ) -> Tensor:
     """Rows of all ranks in the data set's order [count, D]."""
     numbers, features = [], []
