@@ -26,9 +26,10 @@ test: $(STAMP)
 lint: $(STAMP)
 	$(RUN) ruff check
 	$(RUN) ruff format --check
+	$(RUN) mypy
 
 clean:
-	rm -rf demo/data demo/shards demo/run build *.egg-info .pytest_cache .ruff_cache .hypothesis
+	rm -rf demo/data demo/shards demo/run build *.egg-info .pytest_cache .ruff_cache .mypy_cache .hypothesis
 
 $(STAMP): setup.py constraints.txt
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10))' 2>/dev/null || \

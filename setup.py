@@ -28,7 +28,7 @@ setup(
         "Pillow",
     ],
     extras_require={
-        "test": ["pytest", "pytest-xdist", "hypothesis", "ruff"],
+        "test": ["pytest", "pytest-xdist", "hypothesis", "ruff", "mypy", "types-PyYAML", "types-tqdm"],
         "video": ["av"],
         "report": ["matplotlib", "tensorboard"],
     },

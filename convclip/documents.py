@@ -37,7 +37,7 @@ PLAIN = {
 class _Loader(yaml.SafeLoader):
     """SafeLoader with our own idea of which plain words are numbers."""
 
-    yaml_implicit_resolvers: ClassVar[dict[str, Any]] = {}
+    yaml_implicit_resolvers: ClassVar[dict[str, Any]] = {}  # type: ignore[misc]  # the stubs say: an instance's
 
     def construct_number(self, node: yaml.ScalarNode) -> float:
         """A number with a point or an exponent; `6e5`, written for brevity, is as whole as 600000."""

@@ -49,7 +49,7 @@ def train_recipe(
     device, dtype = current_device(), precision(config)
     evaluation = task.evaluation(recipe.data.val) if recipe.data.val else None
     checkpoint = open_run_folder(folder, recipe, config, str(resume))
-    store = recipe.features.store
+    store: str | Path | None = recipe.features.store
     if recipe.features.mode == "fill":
         store = folder / "features.h5"
         task.extract(store, dtype)

@@ -110,6 +110,13 @@ class Recipe(Section):
         """The kind of training; the one place that asks."""
         return "image_text" if self.video is None else "video"
 
+    @property
+    def video_settings(self) -> Video:
+        """The section that every recipe of the video task has. ValueError for a recipe of another task."""
+        if self.video is None:
+            raise ValueError(f"recipe {self.name} is not for videos")
+        return self.video
+
     @model_validator(mode="after")
     def _sigmoid_has_a_bias(self) -> Recipe:
         if (self.loss.kind == "sigmoid") != (self.model.init_logit_bias is not None):

@@ -145,8 +145,8 @@ def draw_lr(panel: Axes, run: Run) -> None:
             curves.setdefault(points, []).append(group_label(name, points[0][0], run.events))
     for number, (points, names) in enumerate(curves.items()):
         # Groups opened at different times often end on one curve: the earlier, wider line shows beside the later.
-        style = {"color": COLOURS[number % len(COLOURS)], "linewidth": max(1.2, 3.6 - 0.8 * number)}
-        panel.plot(*zip(*points, strict=True), label=", ".join(dict.fromkeys(names)), **style)
+        colour, width = COLOURS[number % len(COLOURS)], max(1.2, 3.6 - 0.8 * number)
+        panel.plot(*zip(*points, strict=True), color=colour, linewidth=width, label=", ".join(dict.fromkeys(names)))
     panel.set_yscale("log")
     if curves:
         rates = [rate for points in curves for _, rate in points]
@@ -178,8 +178,9 @@ def draw_recalls(panel: Axes, run: Run) -> None:
         if values:
             way, k = key.split("_r")
             label = f"{way.upper().replace('2', '→')} R@{k}"
-            style = {"linestyle": "-" if way.endswith("t") else "--", "marker": "o" if way.endswith("t") else "s"}
-            panel.plot(steps, values, color=COLOURS[number // 4], markersize=3.5, label=label, **style)
+            line, marker = ("-", "o") if way.endswith("t") else ("--", "s")
+            colour = COLOURS[number // 4]
+            panel.plot(steps, values, color=colour, linestyle=line, marker=marker, markersize=3.5, label=label)
     if panel.lines:
         panel.set_ylim(bottom=0)
     else:
@@ -202,9 +203,15 @@ def finish(panel: Axes, run: Run) -> None:
     for step, label in markers(run.events, last):
         panel.axvline(step, color="#666666", linestyle=":", linewidth=1.2)
         panel.annotate(
-            *(label, (step, 1.0)),
-            **{"xycoords": ("data", "axes fraction"), "xytext": (0, 2), "textcoords": "offset points"},
-            **{"ha": "center", "va": "bottom", "fontsize": 9, "color": "#444444"},
+            label,
+            (step, 1.0),
+            xycoords=("data", "axes fraction"),
+            xytext=(0, 2),
+            textcoords="offset points",
+            ha="center",
+            va="bottom",
+            fontsize=9,
+            color="#444444",
         )
     # The event numbers stand between panel and title.
     panel.set_title(panel.get_title(), pad=18 if run.events else 6)

@@ -117,7 +117,7 @@ class CsvTable:
                 f"none of the first {len(first)} images of {self.path} exists, the first is {first[0][:SHOWN]}: "
                 f"relative paths are relative to the present folder or to the CSV file's"
             )
-        return max(found, key=found.get)
+        return max(found, key=lambda folder: found[folder])
 
 
 def _separator(separator: str) -> str:

@@ -13,7 +13,7 @@ from PIL import Image
 from torch.utils.data import DataLoader, Dataset
 from tqdm import tqdm
 
-from convclip.data.loader import Transform, open_source
+from convclip.data.loader import open_source
 from convclip.data.samples import BrokenSample, Captions, SampleSource, check_image, decode_image
 from convclip.data.tokenizers import Tokenizer
 from convclip.data.transforms import Views, stack_images
@@ -27,6 +27,8 @@ PADDING = -1
 CHECKED_AT_ONCE = 64
 
 Batches = Iterator[tuple[torch.Tensor, torch.Tensor]]
+# A transform that draws nothing: what is scored is the same each time.
+FixedTransform = Callable[[Image.Image, None], torch.Tensor]
 # The usable captions of an image (None: drop the image), and what is wrong with it.
 Check = tuple[Captions | None, list[str]]
 
@@ -43,8 +45,8 @@ class EvaluationSet:
     caption_ids: torch.Tensor
     image_of_text: torch.Tensor
     broken: list[str]
-    _images: Dataset
-    _texts: Dataset
+    _images: _Images
+    _texts: _Texts
 
     def __len__(self) -> int:
         return len(self.image_ids)
@@ -73,7 +75,7 @@ class EvaluationSet:
         return dealt_batches(self._texts, len(self.captions), rank, world, batch, workers)
 
 
-def load_evaluation_set(address: str, data: Data, transform: Transform, tokenizer: Tokenizer) -> EvaluationSet:
+def load_evaluation_set(address: str, data: Data, transform: FixedTransform, tokenizer: Tokenizer) -> EvaluationSet:
     """The evaluation set behind an address (shards or CSV, as for training).
 
     Every image is decoded once here, JPEGs at an eighth of their size, so that all ranks drop the same broken images
@@ -85,7 +87,9 @@ def load_evaluation_set(address: str, data: Data, transform: Transform, tokenize
     source = open_source(address, data)
     total = len(source.counts)
     broken: list[str] = list(source.damage)
-    images, image_ids, captions, caption_ids, image_of_text = [], [], [], [], []
+    images: list[int] = []
+    image_of_text: list[int] = []
+    image_ids, captions, caption_ids = [], [], []
     checks = _checks(source, data)
     progress = tqdm(checks, f"checking {address}", total, unit="image", delay=2, disable=not is_main())
     for image, (found, problems) in enumerate(progress):
@@ -135,7 +139,8 @@ class _Checks(Dataset):
 
 
 def _check(source: SampleSource, image: int, max_pixels: int) -> Check:
-    name, problems = source.name(image), []
+    name = source.name(image)
+    problems: list[str] = []
     try:
         stored = source.read_captions(image)
         check_image(name, source.read_image(image), max_pixels)
@@ -154,7 +159,7 @@ def _check(source: SampleSource, image: int, max_pixels: int) -> Check:
 class _Images(Dataset):
     """Numbers of images [B] -> uint8 [B, 3, S, S]."""
 
-    def __init__(self, source: SampleSource, images: list[int], transform: Transform, max_pixels: int):
+    def __init__(self, source: SampleSource, images: list[int], transform: FixedTransform, max_pixels: int):
         self.source, self.images, self.transform, self.max_pixels = source, images, transform, max_pixels
 
     def __getitem__(self, numbers: list[int]) -> torch.Tensor:

@@ -58,7 +58,8 @@ def _chosen(annotations: Path, images: list[dict[str, Any]], split: str | None) 
 def _from_karpathy(images: list[dict[str, Any]]) -> dict[str, list[Any]]:
     key = next((key for key in ("cocoid", "imgid") if all(key in image for image in images)), None)
     numbered = all("sentid" in sentence for image in images for sentence in image["sentences"])
-    listed, rows = [], []
+    listed: list[dict[str, Any]] = []
+    rows: list[dict[str, Any]] = []
     for number, image in enumerate(images):
         image_id = number if key is None else image[key]
         folder = f"{image['filepath']}/" if image.get("filepath") else ""
@@ -71,7 +72,7 @@ def _from_karpathy(images: list[dict[str, Any]]) -> dict[str, list[Any]]:
 
 def _from_flat(annotations: Path, entries: list[Any]) -> dict[str, list[Any]]:
     ids: dict[str, int] = {}
-    rows = []
+    rows: list[dict[str, Any]] = []
     for number, entry in enumerate(entries):
         if not isinstance(entry, dict) or not isinstance(entry.get("image"), str):
             raise UserError(f"{annotations}: entry {number} is no object with an image and its caption")

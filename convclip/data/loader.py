@@ -241,12 +241,12 @@ class MicroBatches(Dataset):
         teacher_tokenizer: Tokenizer | None = None,
         stored: frozenset[int] | None = None,
     ):
-        self.source, self.data, self.seed = source, data, seed
-        self.transform, self.views, self.stored = transform, views, stored
-        self.tokenizer, self.teacher_tokenizer = tokenizer, teacher_tokenizer
+        self.source, self.data, self.seed, self.transform, self.views = source, data, seed, transform, views
+        self.stored, self.tokenizer, self.teacher_tokenizer = stored, tokenizer, teacher_tokenizer
 
     def __getitem__(self, rows: Rows) -> Batch:
-        images, texts, image_ids, caption_ids, broken = [], [], [], [], []
+        images, texts, image_ids, caption_ids = [], [], [], []
+        broken: list[str] = []
         for row, image, caption in zip(rows.row.tolist(), rows.image.tolist(), rows.caption.tolist(), strict=True):
             pixels, text, image_id, caption_id = self._sample(rows, row, image, caption, broken)
             images.append(pixels)
@@ -259,7 +259,7 @@ class MicroBatches(Dataset):
             "broken": broken,
         }
         if rows.pixels:
-            batch["image"] = stack_images(images)
+            batch["image"] = stack_images([pixels for pixels in images if pixels is not None])
         if rows.text:
             batch["text"] = self.tokenizer(texts)
             if self.teacher_tokenizer is not None:

@@ -141,7 +141,7 @@ def _members(path: str) -> tuple[Members, Damage | None]:
             for member in archive:
                 offset = archive.offset
                 _add(samples, member)
-                archive.members.clear()
+                archive.members.clear()  # type: ignore[attr-defined]  # tarfile has it, typeshed does not
         except (tarfile.TarError, ValueError, OverflowError, OSError, RecursionError) as error:
             if not samples:
                 raise UserError(f"shard {path} is no readable tar file ({error})") from None

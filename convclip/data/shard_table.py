@@ -158,7 +158,7 @@ def _table(shard: Shard, folder: Path, hashed: bool) -> tuple[dict[str, np.ndarr
                 # A damaged shard is walked, and warned of, each time.
                 if damage is None:
                     with whole_file(cached) as part, open(part, "wb") as output:
-                        np.savez(output, **table)
+                        np.savez(output, **table)  # type: ignore[arg-type]  # no column is called allow_pickle
     except (OSError, CannotWrite) as error:
         log.warning("member tables cannot be kept in %s (%s): set data.cache_folder", folder, error)
         table, damage = _walk(shard, hashed)

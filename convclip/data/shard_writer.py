@@ -172,6 +172,7 @@ def _start_worker() -> None:
     """Ctrl-C ends a worker without a traceback, and so does the death of the process that started it."""
     signal.signal(signal.SIGINT, signal.SIG_DFL)
     parent = parent_process()
+    assert parent is not None  # this runs in a worker process
 
     def follow_parent() -> None:
         connection.wait([parent.sentinel])

@@ -208,7 +208,7 @@ def _is_count(value: Any, largest: int) -> bool:
 def _with_indexes(shards: list[Shard]) -> list[Shard]:
     """Local shards joined with what a `*.index.json` beside them says."""
     folders = {os.path.dirname(shard.path) for shard in shards if shard.path}
-    known = {}
+    known: dict[str, Shard] = {}
     for folder in sorted(folders):
         for index in sorted(Path(folder or ".").glob("*.index.json")):
             known.update((os.path.abspath(entry.path), entry) for entry in _shards_of_index(index) if entry.path)

@@ -60,7 +60,8 @@ class EndTokenTokenizer:
 def _load_hugging_face(tower: schema.TextTowerConfig) -> Any:
     # Fast tokenizers warn when used after the data workers fork; the workers are the parallelism here.
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
-    from transformers import AutoTokenizer, GPT2TokenizerFast
+    # The second is a name that transformers makes up at run time.
+    from transformers import AutoTokenizer, GPT2TokenizerFast  # type: ignore[attr-defined]
 
     name = tower.tokenizer
     # Only vocab.json and merges.txt, as GPT-2 was released: nothing in such a folder names the tokenizer's class.

@@ -58,7 +58,10 @@ class Inputs:
 
     def entering(self, tower: str, value: Tensor | TextPrefix, stop: Cut) -> Inputs:
         """The same batch with `value`, which enters `tower` (image or text) at `stop`."""
-        return replace(self, **{tower: value}, cut=self.cut._replace(**{tower: getattr(stop, tower)}))
+        if tower == "text":
+            return replace(self, text=value, cut=self.cut._replace(text=stop.text))
+        assert isinstance(value, Tensor)  # a pair enters text towers alone
+        return replace(self, image=value, cut=self.cut._replace(image=stop.image))
 
     def nbytes(self, tower: str) -> int:
         """Bytes of what enters `tower` (image or text)."""
@@ -123,8 +126,10 @@ class ImageTextSource:
         image_id, caption_id = batch["image_id"], batch["caption_id"]
         views = view_ids(image_id, epoch % self.views, self.views) if self.store is not None else None
         pixels = self._to_device(batch["image"]) if "image" in batch else None
+        image = self._stored("image_map", views) if reads.stored_image else pixels
+        assert image is not None  # the loader reads pictures where the store has no maps
         return Inputs(
-            self._stored("image_map", views) if reads.stored_image else pixels,
+            image,
             None if reads.stored_text else self._to_device(batch["text"]),
             self._to_device(image_id),
             Cut(self.work.boundary) if reads.stored_image else INPUT,
@@ -148,6 +153,7 @@ class ImageTextSource:
 
     def _teacher(self, batch: Batch, pixels: Tensor | None, views: Any) -> tuple[Tensor, Tensor]:
         if self.teacher is not None:
+            assert pixels is not None  # for a live teacher the loader reads pictures
             text = self._to_device(batch["teacher_text"])
             return self.teacher.encode_image(pixels), self.teacher.encode_text(text)
         return self._stored("teacher_image", views), self._stored("teacher_text", batch["caption_id"])

@@ -20,7 +20,7 @@ from convclip.schema import UserError
 try:
     from torch.utils.tensorboard import SummaryWriter
 except ImportError:  # the `report` extra is not installed
-    SummaryWriter = None
+    SummaryWriter = None  # type: ignore[assignment,misc]  # asked for below, where it is used
 
 logger = logging.getLogger("convclip")
 
@@ -38,7 +38,7 @@ class RunLog:
             for handler in (logging.StreamHandler(sys.stdout), logging.FileHandler(folder / "train.log")):
                 handler.setFormatter(logging.Formatter("%(asctime)s %(message)s", "%H:%M:%S"))
                 logger.addHandler(handler)
-        self.board = SummaryWriter(folder / "tensorboard") if SummaryWriter and self.main else None
+        self.board = SummaryWriter(folder / "tensorboard") if SummaryWriter is not None and self.main else None
         if self.main and SummaryWriter is None:
             logger.info("no TensorBoard files: pip install 'convclip[report]' to get them")
 

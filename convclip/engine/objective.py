@@ -39,18 +39,24 @@ class ImageTextObjective:
         """
         recipe, tile = self.recipe, self.recipe.loss.tile
         image, scale = outputs.image, outputs.logit_scale
+        assert image is not None  # the image tower runs in every step
         text = _joined(batches, "text_embedding") if outputs.text is None else outputs.text
         ids = _joined(batches, "image_id") if recipe.loss.mask_same_image else None
         if recipe.loss.kind == "softmax":
             contrastive = clip_loss(image, text, scale, tile=tile, ids=ids)
         else:
+            assert outputs.logit_bias is not None  # the schema: a sigmoid loss has one
             contrastive = siglip_loss(image, text, scale, outputs.logit_bias, tile=tile, ids=ids)
         losses, total = {"contrastive": contrastive}, contrastive
         if recipe.teacher is not None and is_on(recipe.teacher, step):
-            teacher = [torch.cat(rows) for rows in zip(*(batch.teacher for batch in batches), strict=True)]
+            said = [batch.teacher for batch in batches if batch.teacher is not None]
+            teacher_image, teacher_text = (torch.cat(rows) for rows in zip(*said, strict=True))
             losses["distillation"] = distillation_loss(
-                *(image, text, scale),
-                *teacher,
+                image,
+                text,
+                scale,
+                teacher_image,
+                teacher_text,
                 scale.new_tensor(self.teacher_scale),
                 temperature=recipe.teacher.temperature,
                 tile=tile,

@@ -9,7 +9,7 @@ Shapes: B rows of a micro batch or chunk, N chunks, D embed.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any, NamedTuple, Protocol, TypeAlias
 
 import torch
@@ -124,7 +124,8 @@ def _leaves(parts: Sequence[Outputs]) -> Outputs:
     def leaf(values: list[Tensor | None]) -> Tensor | None:
         if values[-1] is None:
             return None
-        return torch.cat(values).detach().requires_grad_(values[-1].requires_grad)
+        given = [value for value in values if value is not None]
+        return torch.cat(given).detach().requires_grad_(values[-1].requires_grad)
 
     return Outputs(
         leaf([part.image for part in parts]),
@@ -137,12 +138,20 @@ def _leaves(parts: Sequence[Outputs]) -> Outputs:
 
 def _surrogate(outputs: Outputs, leaves: Outputs, first: int, chunks: int) -> Tensor:
     """A scalar whose gradient in a chunk's outputs is that of the loss: `first` is the chunk's first row."""
+    assert outputs.image is not None  # the image tower runs in every step
     rows = slice(first, first + len(outputs.image))
     of_rows = ((outputs.image, leaves.image), (outputs.text, leaves.text))
     of_all = ((outputs.logit_scale, leaves.logit_scale), (outputs.logit_bias, leaves.logit_bias))
-    terms = [(x * leaf.grad[rows]).sum() for x, leaf in of_rows if x is not None and leaf.grad is not None]
-    terms += [(x * leaf.grad).sum() / chunks for x, leaf in of_all if x is not None]
+    terms = [(x * slope[rows]).sum() for x, slope in _with_slopes(of_rows)]
+    terms += [(x * slope).sum() / chunks for x, slope in _with_slopes(of_all)]
     return torch.stack(terms).sum()
+
+
+def _with_slopes(pairs: Iterable[tuple[Tensor | None, Tensor | None]]) -> Iterator[tuple[Tensor, Tensor]]:
+    """(output, gradient of the loss in its leaf), where there is one."""
+    for output, leaf in pairs:
+        if output is not None and leaf is not None and leaf.grad is not None:
+            yield output, leaf.grad
 
 
 def _without_frozen(engine: DeepSpeedEngine, chunk: Inputs, frozen: Cut, room: float) -> tuple[Inputs, Inputs, float]:

@@ -9,6 +9,7 @@ from collections.abc import Mapping, Sequence, Set
 from pathlib import Path
 from typing import Any, NamedTuple, Protocol
 
+import numpy as np
 import torch
 
 from convclip.data.evaluation_set import load_evaluation_set
@@ -142,7 +143,7 @@ class ImageTextTask:
         elif recipe.teacher is not None:
             teacher = Teacher(recipe.teacher).to(device, dtype)
         if opened is not None and work.boundary:
-            stored = frozenset((opened.ids("image_map") // (recipe.features.view_count or 1)).tolist())
+            stored = frozenset((np.asarray(opened.ids("image_map")) // (recipe.features.view_count or 1)).tolist())
         loader = TrainLoader(
             recipe.data,
             recipe.batch,

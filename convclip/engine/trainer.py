@@ -10,7 +10,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
 
 from convclip.data.loader import Batch
 from convclip.devices import current_device, on_accelerator
@@ -19,7 +18,7 @@ from convclip.engine.meters import LossWatch, RunLog, StepClock, logger
 from convclip.engine.reports import start_report, step_figures, summary_report, unfreeze_report
 from convclip.engine.stages.schedule import LearningRates
 from convclip.engine.steps import StepResult, accumulated_step, chunked_step
-from convclip.engine.task import Evaluation, Parts, Task
+from convclip.engine.task import DualTower, Evaluation, Parts, Task
 from convclip.engine.trial import estimate_report, try_full_step
 from convclip.engine.zero.staged_engine import StagedEngine
 
@@ -30,7 +29,7 @@ class Trainer:
     def __init__(
         self,
         task: Task,
-        model: nn.Module,
+        model: DualTower,
         parts: Parts,
         ds_config: Mapping[str, Any],
         evaluation: Evaluation | None,

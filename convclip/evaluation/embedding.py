@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
@@ -18,6 +18,8 @@ from convclip.schema import ImageTowerConfig
 
 # A model called as (images=…) or (texts=…).
 Encode = Callable[..., Outputs]
+# What one batch is embedded from.
+Given = TypeVar("Given")
 
 
 @torch.no_grad()
@@ -38,7 +40,9 @@ def embed(
 
     def pictures(images: Tensor) -> Tensor:
         pixels = normalize(images.to(device, non_blocking=True), image_tower.mean, image_tower.std, dtype)
-        return encode(images=pixels).image
+        features = encode(images=pixels).image
+        assert features is not None  # of a tower that had input
+        return features
 
     image_batches = dataset.image_batches(*place, workers)
     images = embed_rows(pictures, image_batches, len(dataset), "embedding images")
@@ -47,6 +51,7 @@ def embed(
     def captions(texts: Tensor) -> Tensor:
         outputs = encode(texts=texts.to(device, non_blocking=True))
         scales[:] = [outputs]
+        assert outputs.text is not None  # of a tower that had input
         return outputs.text
 
     texts = embed_rows(captions, dataset.text_batches(*place, workers), len(dataset.captions), "embedding texts")
@@ -73,7 +78,7 @@ def evaluate(
 
 
 def _figures(found: Outputs, image_of_text: Tensor, batch: int) -> dict[str, Any]:
-    images, texts = found.image, found.text
+    images, texts = found.both()
     return {
         "standard": standard_recall(images, texts, image_of_text),
         "rowwise": rowwise_recall(images, texts, image_of_text=image_of_text),
@@ -84,7 +89,7 @@ def _figures(found: Outputs, image_of_text: Tensor, batch: int) -> dict[str, Any
 
 
 def embed_rows(
-    embed_batch: Callable[[Tensor], Tensor], batches: Iterable[tuple[Tensor, Tensor]], count: int, what: str
+    embed_batch: Callable[[Given], Tensor], batches: Iterable[tuple[Tensor, Given]], count: int, what: str
 ) -> Tensor:
     """Rows of all ranks in the data set's order [count, D]."""
     numbers, features = [], []

@@ -146,7 +146,7 @@ def _ranks(
 
 def _figures(image_to_text: Tensor, text_to_image: Tensor, ks: Sequence[int]) -> dict[str, float]:
     """Recalls in percent and ranks from 1, of the numbers of better answers; a median of two is their mean."""
-    figures = {}
+    figures: dict[str, float] = {}
     for way, better in (("i2t", image_to_text.double()), ("t2i", text_to_image.double())):
         figures |= {f"{way}_r{k}": 100 * (better < k).double().mean().item() for k in ks}
         figures[f"{way}_median_rank"] = better.quantile(0.5).item() + 1

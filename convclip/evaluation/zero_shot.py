@@ -10,7 +10,7 @@ D embed, S image side.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -22,8 +22,7 @@ from torch.utils.data import DataLoader, Dataset
 from tqdm import tqdm
 
 from convclip.data.csv_table import MAX_IMAGE_BYTES
-from convclip.data.evaluation_set import PADDING
-from convclip.data.loader import Transform
+from convclip.data.evaluation_set import PADDING, FixedTransform
 from convclip.data.local_files import read_regular
 from convclip.data.samples import BrokenSample, decode_image
 from convclip.data.tokenizers import Tokenizer
@@ -78,7 +77,7 @@ def load_zero_shot_set(folder: str | Path) -> ZeroShotSet:
 def zero_shot_accuracy(
     encode: Encode,
     dataset: ZeroShotSet,
-    transform: Transform,
+    transform: FixedTransform,
     tokenizer: Tokenizer,
     image_tower: ImageTowerConfig,
     device: torch.device,
@@ -99,7 +98,9 @@ def zero_shot_accuracy(
     for numbers, images in _progress(_dealt(pictures, len(right), batch, workers), "embedding pictures"):
         pixels = normalize(images.to(device, non_blocking=True), image_tower.mean, image_tower.std, dtype)
         numbers = gather(numbers.to(device))
-        scores = gather(encode(images=pixels).image.float()) @ classes.T
+        features = encode(images=pixels).image
+        assert features is not None  # of a tower that had input
+        scores = gather(features.float()) @ classes.T
         real = numbers != PADDING
         numbers, scores = numbers[real], scores[real]
         own = scores.gather(1, right[numbers, None])
@@ -118,8 +119,9 @@ def class_embeddings(
     prompts = dataset.prompts()
     rows = []
     for numbers, tokens in _progress(_dealt(_Prompts(prompts, tokenizer), len(prompts), batch, 0), "embedding prompts"):
-        features = gather(encode(texts=tokens.to(device)).text.float())
-        rows.append(features[gather(numbers.to(device)) != PADDING])
+        features = encode(texts=tokens.to(device)).text
+        assert features is not None  # of a tower that had input
+        rows.append(gather(features.float())[gather(numbers.to(device)) != PADDING])
     of_class = torch.cat(rows).view(len(dataset.names), len(dataset.templates), -1)
     return F.normalize(of_class.mean(1), dim=1)
 
@@ -127,7 +129,7 @@ def class_embeddings(
 class _Pictures(Dataset):
     """Number of a picture -> (number, uint8 [3, S, S]); a broken one, as a filling-up one, is -1 and black."""
 
-    def __init__(self, paths: list[Path], transform: Transform, size: int, max_pixels: int):
+    def __init__(self, paths: list[Path], transform: FixedTransform, size: int, max_pixels: int):
         self.paths, self.transform, self.size, self.max_pixels = paths, transform, size, max_pixels
 
     def __getitem__(self, number: int) -> tuple[int, Tensor]:
@@ -167,7 +169,7 @@ def _dealt(dataset: Dataset, size: int, batch: int, workers: int) -> DataLoader:
     return DataLoader(dataset, batch_sampler=plan, num_workers=workers, generator=torch.Generator())
 
 
-def _progress(batches: DataLoader, what: str) -> Iterator[Any]:
+def _progress(batches: DataLoader, what: str) -> Iterable[Any]:
     return tqdm(batches, what, disable=not is_main(), leave=False, delay=2)
 
 

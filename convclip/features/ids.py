@@ -72,4 +72,4 @@ def decode_id(value: Any) -> int | str:
 
 def decode_ids(values: np.ndarray) -> np.ndarray | list[str]:
     """The ids as the user gave them: an int64 array, or a list of strings."""
-    return values if values.dtype.kind == "i" else [decode_id(value) for value in values]
+    return values if values.dtype.kind == "i" else [value.decode("utf-8") for value in values]

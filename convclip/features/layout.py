@@ -28,7 +28,6 @@ import h5py
 import numpy as np
 import torch
 
-from convclip.features.ids import decode_id
 from convclip.files import publish
 from convclip.schema import UserError
 
@@ -159,7 +158,7 @@ def _write_header(file: h5py.File, identity: Mapping[str, Any], ids: Mapping[str
 
 
 def _write_table(file: h5py.File, name: str, values: np.ndarray) -> None:
-    file.create_dataset(name, data=values).attrs["crc32"] = zlib.crc32(np.ascontiguousarray(values))
+    file.create_dataset(name, data=values).attrs["crc32"] = zlib.crc32(np.ascontiguousarray(values).data)
 
 
 def _read_table(file: h5py.File, name: str, path: Path) -> np.ndarray:
@@ -216,8 +215,8 @@ def _read_part(file: h5py.File, layout: Layout) -> None:
     for kind in layout.ids:
         layout.done[kind] = file["done"][kind][:] == 1
     for name, dataset in file["arrays"].items():
-        kind = {key: _plain(dataset.attrs[key]) for key in ("dtype", "units", "item_kind")}
-        spec = layout.arrays[name] = ArraySpec(dataset.shape[1:], **kind)
+        about = {key: _plain(dataset.attrs[key]) for key in ("dtype", "units", "item_kind")}
+        spec = layout.arrays[name] = ArraySpec(dataset.shape[1:], **about)
         layout.crc32[name] = file["crc32"][name][:]
         layout.extents[name] = [Extent(layout.path, layout.offsets[f"arrays/{name}"], 0, len(dataset))]
         if not len(dataset) == len(layout.ids[spec.item_kind]) == len(layout.crc32[name]):
@@ -228,7 +227,7 @@ def _read_joined(file: h5py.File, layout: Layout) -> None:
     """Fill in what the parts hold. The virtual datasets are for other programs: HDF5 does not checksum their maps."""
     parts = []
     for name in _read_table(file, "parts", layout.path):
-        path = layout.path.parent / decode_id(name)
+        path = layout.path.parent / name.decode("utf-8")
         try:
             parts.append(read_layout(path))
         except FileNotFoundError:

@@ -57,12 +57,11 @@ class FeatureWriter:
         world: int = 1,
         commit_bytes: int = 64 * 2**20,
     ) -> None:
-        self.path, self.arrays, self.rank, self.world = Path(path), dict(arrays), rank, world
-        self.commit_bytes = commit_bytes
+        self.path, self.arrays, self.identity = Path(path), dict(arrays), dict(identity)
+        self.rank, self.world, self.commit_bytes = rank, world, commit_bytes
         self._items = {kind: ItemIds(ids) for kind, ids in item_ids.items()}
-        self.identity = dict(identity)
         for kind, items in self._items.items():
-            self.identity[f"{kind}_ids"] = f"{len(items)}, sha256 {hashlib.sha256(items.values).hexdigest()}"
+            self.identity[f"{kind}_ids"] = f"{len(items)}, sha256 {hashlib.sha256(items.values.data).hexdigest()}"
         self._refuse_wrong_arguments()
         self.path.parent.mkdir(parents=True, exist_ok=True)
         self._done = self._done_in(self._existing())
@@ -74,8 +73,8 @@ class FeatureWriter:
         parts = self._existing()
         self._done = self._done_in(parts)
         self._part = self._own_part(parts)
-        self._file = os.open(self._part.path, os.O_RDWR) if self._part else None
-        self._own_ids = {kind: ItemIds(ids) for kind, ids in self._part.ids.items()} if self._part else {}
+        self._file = os.open(self._part.path, os.O_RDWR) if self._part.ids else None
+        self._own_ids = {kind: ItemIds(ids) for kind, ids in self._part.ids.items()}
         self._uncommitted: dict[str, list[np.ndarray]] = {kind: [] for kind in self._items}
         self._uncommitted_bytes = 0
 
@@ -115,7 +114,7 @@ class FeatureWriter:
     def flush(self) -> None:
         """Make every row written so far done: rows and checksums reach the disk first, then their `done` bytes."""
         pending = {kind: np.unique(np.concatenate(rows)) for kind, rows in self._uncommitted.items() if rows}
-        if not pending:
+        if not pending or self._file is None:
             return
         with self._disk_errors():
             for name, spec in self.arrays.items():
@@ -208,11 +207,11 @@ class FeatureWriter:
     def _own_name(self) -> str:
         return f"{self.path.name}.rank-{self.rank:05d}-of-{self.world:05d}"
 
-    def _own_part(self, parts: list[Layout]) -> Layout | None:
-        """This rank's part, made if it is not there; None when this rank has nothing to write."""
+    def _own_part(self, parts: list[Layout]) -> Layout:
+        """This rank's part, made if it is not there; without ids when this rank has nothing to write."""
         ids = {kind: items.values[self._own_rows(kind)] for kind, items in self._items.items()}
         if not any(len(values) for values in ids.values()):
-            return None
+            return Layout(self.path)
         for part in parts:
             if part.path.name in (self._own_name, self._own_name + ".part"):
                 return part
@@ -250,10 +249,11 @@ class FeatureWriter:
 
     def _write_runs(self, dataset: str, rows: np.ndarray, values: np.ndarray) -> None:
         """Write `values` [n, …] at the ascending `rows` of `dataset`, one call per run of neighbours."""
+        assert self._file is not None  # `write` refuses every row where no part is open
         width = values[0].nbytes
         for start, stop in runs(rows):
             offset = self._part.offsets[dataset] + int(rows[start]) * width
-            data = memoryview(np.ascontiguousarray(values[start:stop]).reshape(-1).view(np.uint8))
+            data = np.ascontiguousarray(values[start:stop]).reshape(-1).view(np.uint8).data
             while len(data):
                 written = os.pwrite(self._file, data, offset)
                 data, offset = data[written:], offset + written

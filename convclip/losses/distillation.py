@@ -71,7 +71,8 @@ def _whole_loss(student: list[Tensor], teacher: list[Tensor], group: Group) -> T
     else:
         logits.append((scale * text) @ gather_with_gradient(image, group).T)
         targets.append((teacher_scale * teacher_text) @ gather(teacher_image, group).T)
-    return sum(F.cross_entropy(x, target.softmax(1)) for x, target in zip(logits, targets, strict=True)) / 2
+    of_images, of_texts = (F.cross_entropy(x, target.softmax(1)) for x, target in zip(logits, targets, strict=True))
+    return (of_images + of_texts) / 2
 
 
 class _TiledLoss(torch.autograd.Function):
@@ -105,7 +106,7 @@ class _TiledLoss(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
-        image, texts, scale, *of_teacher_tiles = ctx.saved_tensors
+        image, texts, scale, teacher_image, teacher_texts, teacher_scale = ctx.saved_tensors
         of_student, of_teacher = ctx.softmax
         first, tile, group = ctx.how
         # A column's share of the loss belongs to the rank that owns the text, and weighs what reaches that rank.
@@ -113,7 +114,7 @@ class _TiledLoss(torch.autograd.Function):
         weights = (of_texts[first : first + len(image)], of_texts)
         with without_autocast(image):
             student = LogitTiles(image, texts, scale, first, tile)
-            teacher = LogitTiles(*of_teacher_tiles, first, tile)
+            teacher = LogitTiles(teacher_image, teacher_texts, teacher_scale, first, tile)
             sums = FeatureGradients(student, columns_learn=ctx.needs_input_grad[1])
             for (rows, columns, logits, slope), (_, _, targets, spare) in zip(student, teacher, strict=True):
                 of_student[0].probability(rows, logits, 1, weights[0], out=slope)

@@ -17,11 +17,14 @@ from torch import Tensor, nn
 class AttentionPool(AttentionPool2d):
     """AttentionPool2d with its parameter names and values; `width` must be a multiple of 64."""
 
+    qkv: nn.Module  # type: ignore[assignment]  # timm says Linear, which is replaced here
+
     def __init__(self, width: int, map_size: int | tuple[int, int], embed_dim: int):
         super().__init__(width, map_size, out_features=embed_dim)
+        assert isinstance(self.qkv, nn.Linear)  # timm's, unless it is told to split it
         self.qkv = _MeanTokenAttention(self.qkv, self.num_heads)
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, x: Tensor) -> Tensor:  # type: ignore[override]  # timm's can leave out the projection
         """Feature map [B, C, H, W] -> [B, E]."""
         size = x.shape[-2:]
         x = x.flatten(2).transpose(1, 2)

@@ -18,6 +18,14 @@ TOP_LEVEL_NAMES = ("text_projection", "positional_embedding", "token_embedding."
 class ClipText(TextTower, TextTransformer):
     """Causal, for captions of any length up to the context's. CLIP's projection is locked with it: it has no head."""
 
+    # Of open_clip's class, which has no types.
+    token_embedding: nn.Embedding
+    positional_embedding: nn.Parameter
+    transformer: nn.Module
+    ln_final: nn.LayerNorm
+    text_projection: nn.Parameter
+    attn_mask: Tensor
+
     @classmethod
     def build(cls, config: schema.TextTowerConfig, embed_dim: int) -> ClipText:
         """Random weights."""
@@ -44,7 +52,9 @@ class ClipText(TextTower, TextTransformer):
 
     def blocks(self) -> nn.ModuleList:
         """The blocks from input to output."""
-        return self.transformer.resblocks
+        blocks = self.transformer.resblocks
+        assert isinstance(blocks, nn.ModuleList)  # open_clip's
+        return blocks
 
     def run_block(self, block: nn.Module, hidden: Tensor, ends: Tensor) -> Tensor:
         """One causal block: [B, T, C] -> [B, T, C]."""

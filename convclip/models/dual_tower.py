@@ -40,6 +40,12 @@ class Outputs(NamedTuple):
     logit_bias: Tensor | None
     extras: dict[str, Tensor]
 
+    def both(self) -> tuple[Tensor, Tensor]:
+        """(image, text) of a batch in which both towers had input. ValueError where one had none."""
+        if self.image is None or self.text is None:
+            raise ValueError("the batch had no input for one of the towers")
+        return self.image, self.text
+
 
 class Entering(NamedTuple):
     """What enters each tower at a cut; None for a tower without input."""
@@ -114,7 +120,7 @@ class DualTower(nn.Module):
         image, extras = None, {}
         if images is not None and self.reference is None:
             image = self.encode_image(images, normalize=True, cut=start.image)
-        elif images is not None:
+        elif images is not None and self.reference is not None:
             features = self.visual.forward_between(images, start.image, self.visual.map_cut)
             image = _unit_length(self.visual.forward_from(features, self.visual.map_cut))
             extras["reference"] = _unit_length(self.reference(features.detach()))

@@ -78,7 +78,7 @@ def open_clip_config(model: DualTower, config: schema.Model) -> dict[str, Any] |
     if vision is None or text_cfg is None:
         return None
     image = config.image
-    preprocess = {"mean": list(image.mean), "std": list(image.std)}
+    preprocess: dict[str, Any] = {"mean": list(image.mean), "std": list(image.std)}
     preprocess |= {"interpolation": "bicubic", "resize_mode": "shortest"}
     model_cfg = {"embed_dim": config.embed_dim, "vision_cfg": vision, "text_cfg": text_cfg}
     if config.init_logit_bias is not None:

@@ -9,6 +9,7 @@ Shapes: B batch, T tokens, C width, D embed.
 from __future__ import annotations
 
 from collections.abc import Collection
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -34,7 +35,7 @@ class Gpt2Text(TextTower):
         super().__init__()
         from transformers import GPT2Config, GPT2Model  # slow to import, and only needed here
 
-        sizes = {"n_embd": config.width, "n_head": config.heads, "n_layer": config.layers}
+        sizes: dict[str, Any] = {"n_embd": config.width, "n_head": config.heads, "n_layer": config.layers}
         end = config.vocab_size - 1
         positions = max(GPT2_POSITIONS, config.context_length)
         # This attention is causal where no mask is given.

@@ -20,6 +20,8 @@ class OpenClipResNet(ImageTower, ModifiedResNet):
     """
 
     channels_last = True
+    # open_clip has no types.
+    attnpool: nn.Module
 
     @classmethod
     def build(cls, config: schema.ImageTowerConfig, embed_dim: int) -> OpenClipResNet:

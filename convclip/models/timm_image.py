@@ -8,11 +8,11 @@ from __future__ import annotations
 
 import difflib
 from collections.abc import Collection, Iterable
-from typing import Any
+from typing import Any, Protocol, cast
 
 import timm
 from timm.models import group_parameters
-from timm.models.convnext import ConvNeXt
+from timm.models.convnext import ConvNeXt, ConvNeXtStage
 from torch import Tensor, nn
 
 from convclip import schema
@@ -25,6 +25,17 @@ _OPEN_CLIP_HEADS = {
     "attention_pool_linear": ("abs_attn", "linear"),
     "average_linear": ("", "linear"),
 }
+
+
+class _Trunk(Protocol):
+    """What every timm backbone has beside what an nn.Module has; timm declares no class of it."""
+
+    default_cfg: dict[str, Any]
+    num_features: int
+
+    def group_matcher(self) -> dict[str, Any]: ...
+
+    def set_grad_checkpointing(self, enable: bool = True) -> None: ...
 
 
 class TimmImage(ImageTower):
@@ -43,7 +54,7 @@ class TimmImage(ImageTower):
         self.trunk = build_trunk(config)
         self.head = _build_head(self.trunk, config.head, embed_dim)
         # timm's own declaration of its layers, from input to output: names of the trunk's parameters.
-        groups = group_parameters(self.trunk, self.trunk.group_matcher())
+        groups = group_parameters(self.trunk, _as_timm(self.trunk).group_matcher())
         self._groups: list[list[str]] = [groups[number] for number in sorted(groups)]
         self._is_cuttable = isinstance(self.trunk, ConvNeXt) and len(_convnext_units(self.trunk)) == len(self._groups)
 
@@ -54,7 +65,9 @@ class TimmImage(ImageTower):
 
     def units(self) -> list[Unit]:
         """One unit per layer group of a ConvNeXt; the whole trunk as one for every other backbone."""
-        return _convnext_units(self.trunk) if self._is_cuttable else [(self.trunk,)]
+        if self._is_cuttable and isinstance(self.trunk, ConvNeXt):
+            return _convnext_units(self.trunk)
+        return [(self.trunk,)]
 
     def layers(self) -> list[Layer]:
         """timm's layer groups of the trunk; a ConvNeXt's last is its final norm."""
@@ -79,7 +92,7 @@ class TimmImage(ImageTower):
         if self._is_cuttable:
             super().set_grad_checkpointing(enable)
         else:
-            self.trunk.set_grad_checkpointing(enable)
+            _as_timm(self.trunk).set_grad_checkpointing(enable)
 
     def released_names(self, names: Collection[str]) -> dict[str, str]:
         """The image part of an open_clip checkpoint, or a timm file without its classifier.
@@ -90,7 +103,7 @@ class TimmImage(ImageTower):
         if part:
             same_head = _head_parts(part.values()) == _head_parts(name for name, _ in self.named_parameters())
             return {name: own for name, own in part.items() if same_head or not own.startswith("head.")}
-        classifier = self.trunk.default_cfg.get("classifier") or ()
+        classifier = _as_timm(self.trunk).default_cfg.get("classifier") or ()
         heads = (classifier,) if isinstance(classifier, str) else tuple(classifier)
         classifiers = tuple(f"{head}." for head in heads)
         return {name: f"trunk.{name}" for name in names if not name.startswith(classifiers)}
@@ -136,7 +149,7 @@ def build_trunk(config: schema.ImageTowerConfig, pretrained: bool = False) -> nn
         trunk = timm.create_model(config.backbone, **options)
     except TypeError as error:
         raise schema.UserError(f"model.image: {config.backbone} refuses an option: {error}") from None
-    if trunk.default_cfg.get("pool_size") is None or getattr(trunk, "output_fmt", "NCHW") != "NCHW":
+    if _as_timm(trunk).default_cfg.get("pool_size") is None or getattr(trunk, "output_fmt", "NCHW") != "NCHW":
         raise schema.UserError(
             f"model.image.backbone: {config.backbone} gives no feature map [B, C, H, W]; use a convolutional one"
         )
@@ -144,7 +157,8 @@ def build_trunk(config: schema.ImageTowerConfig, pretrained: bool = False) -> nn
 
 
 def _build_head(trunk: nn.Module, kind: str, embed_dim: int) -> nn.Sequential:
-    width = getattr(trunk, "head_hidden_size", None) or trunk.num_features
+    about = _as_timm(trunk)
+    width: int = getattr(trunk, "head_hidden_size", None) or about.num_features
     head = nn.Sequential()
     if kind != "average_linear":
         if width % 64:
@@ -153,15 +167,20 @@ def _build_head(trunk: nn.Module, kind: str, embed_dim: int) -> nn.Sequential:
             )
         # The position table has timm's map size for the backbone, as open_clip's, whatever the image size: the pool
         # resamples it. (A table of image_size // 32 would not load into open_clip, nor its weights here.)
-        head.add_module("pool", AttentionPool(width, trunk.default_cfg["pool_size"], embed_dim))
+        head.add_module("pool", AttentionPool(width, about.default_cfg["pool_size"], embed_dim))
     if kind != "attention_pool":
         head.add_module("proj", nn.Linear(width if kind == "average_linear" else embed_dim, embed_dim, bias=False))
     return head
 
 
+def _as_timm(trunk: nn.Module) -> _Trunk:
+    return cast(_Trunk, trunk)
+
+
 def _convnext_units(trunk: ConvNeXt) -> list[Unit]:
     units: list[Unit] = [(trunk.stem,)]
     for stage in trunk.stages:
+        assert isinstance(stage, ConvNeXtStage)  # a Sequential does not say what it holds
         first, *others = stage.blocks
         # timm groups a stage's downsampling with its first block.
         units += [(stage.downsample, first), *((block,) for block in others)]

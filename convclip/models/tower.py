@@ -8,6 +8,7 @@ Shapes: B batch, C channels and H.W size of a feature map, T tokens, D embed.
 from __future__ import annotations
 
 import contextlib
+import functools
 from collections import Counter
 from collections.abc import Collection, Iterator, Sequence
 from typing import Any, TypeAlias
@@ -138,7 +139,7 @@ class ImageTower(Tower):
         recompute = self.checkpointing and torch.is_grad_enabled()
         for unit in units:
             if recompute and (x.requires_grad or any(parameter.requires_grad for parameter in parameters_of(unit))):
-                x = checkpoint(_run_unit, unit, x, use_reentrant=False, context_fn=lambda u=unit: _contexts(u))
+                x = checkpoint(_run_unit, unit, x, use_reentrant=False, context_fn=functools.partial(_contexts, unit))
             else:
                 x = _run_unit(unit, x)
         return x

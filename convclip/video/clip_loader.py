@@ -7,7 +7,7 @@ places in the split, 0..V-1 and 0..C-1.
 from __future__ import annotations
 
 from collections.abc import Collection
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import TypedDict
 
 import numpy as np
@@ -42,7 +42,7 @@ class VideoBatch(TypedDict, total=False):
 def open_frame_store(recipe: Recipe, size: int | None = None) -> FrameStore:
     """The recipe's frame store; UserError where it is not named, or is of another number of frames or `size`, which is
     the image tower's unless given."""
-    video = recipe.video
+    video = recipe.video_settings
     if video.frame_store is None:
         raise UserError("video.frame_store is not set: write one with tools/make_shards.py --kind video")
     return FrameStore(video.frame_store, size=size or recipe.model.image.image_size, frames=video.frames)
@@ -53,7 +53,7 @@ def open_split(address: str, recipe: Recipe, usable: Collection[str], reasons: d
 
     UserError when these are more than data.max_broken_share; it names some, with what `reasons` say.
     """
-    split = read_split(address, recipe.video.annotations)
+    split = read_split(address, recipe.video_settings.annotations)
     gone = [name for name in split.video_ids if name not in usable]
     if len(gone) > recipe.data.max_broken_share * len(split.video_ids):
         named = ", ".join(f"{name} ({reasons.get(name, 'not decoded or extracted')})" for name in gone[:NAMED])
@@ -71,24 +71,18 @@ def word_tokenizer(tower: TextTowerConfig, words: int) -> Tokenizer:
     return build_tokenizer(tower.model_copy(update={"context_length": words}))
 
 
-@dataclass(frozen=True)
 class VideoRows:
-    """What the order of an epoch is made from: videos in place of images, all in one shard."""
+    """What the order of an epoch is made from: videos in place of images, all in one shard.
 
-    split: VideoSplit
-    # A frame store is read by video: none is lost without its name.
-    damage: list[str] = field(default_factory=list)
-    lost: int = 0
+    counts: int64 [V], captions of each video. shard: int64 [V], zeros, since the frame store is read in any order.
+    """
 
-    @property
-    def counts(self) -> np.ndarray:
-        """int64 [V]: captions of each video."""
-        return self.split.counts
-
-    @property
-    def shard(self) -> np.ndarray:
-        """int64 [V]: zeros, since the frame store is read in any order."""
-        return np.zeros(len(self.split.video_ids), dtype=np.int64)
+    def __init__(self, split: VideoSplit) -> None:
+        self.split, self.counts = split, split.counts
+        self.shard = np.zeros(len(split.video_ids), dtype=np.int64)
+        # A frame store is read by video: none is lost without its name.
+        self.damage: list[str] = []
+        self.lost = 0
 
     def describe(self) -> str:
         """One line for the log."""
@@ -112,6 +106,7 @@ class VideoBatches(Dataset):
             "broken": [],
         }
         if rows.pixels:
+            assert self.frames is not None  # only where the store has all frames is there none
             batch["frames"], batch["n_frames"] = read_frames(self.frames, self.split, rows.image)
         if rows.text:
             batch["text"] = self.tokenizer([self.split.captions[caption] for caption in captions])
@@ -169,7 +164,7 @@ def load_video_set(
     """
     frames = open_frame_store(recipe, size)
     split = open_split(address, recipe, frames.places, frames.skipped)
-    tokenizer = tokenizer or word_tokenizer(recipe.model.text, recipe.video.words)
+    tokenizer = tokenizer or word_tokenizer(recipe.model.text, recipe.video_settings.words)
     n_frames = torch.tensor([len(frames.places[name][2]) for name in split.video_ids])
     return VideoEvaluationSet(split, n_frames, frames, _Videos(frames, split), _Captions(split, tokenizer))
 

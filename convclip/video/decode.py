@@ -118,7 +118,9 @@ class _Decoder:
             self._check_size(stream.width, stream.height)
             yield from self._timed(container, stream)
 
-    def _timed(self, container: av.container.InputContainer, stream: av.VideoStream):
+    def _timed(
+        self, container: av.container.InputContainer, stream: av.VideoStream
+    ) -> Iterator[tuple[float, float, av.VideoFrame]]:
         step = float(1 / stream.average_rate) if stream.average_rate else 1 / 25
         first, now = None, 0.0
         for frame in self._decode(container, stream):

@@ -30,10 +30,10 @@ FileName = Annotated[str, Field(pattern=r"^[A-Za-z0-9_-][A-Za-z0-9_.-]{0,200}$")
 class FrameSettings:
     """How frames were made: S, F, frames per second sampled, JPEG quality."""
 
-    size: int = Field(224, gt=0, le=MAX_SIDE)
-    frames: int = Field(FRAMES, gt=0, le=MAX_FRAMES)
-    fps: float = Field(1.0, gt=0, le=MAX_FPS)
-    quality: int = Field(95, gt=0, le=100)
+    size: int = Field(default=224, gt=0, le=MAX_SIDE)
+    frames: int = Field(default=FRAMES, gt=0, le=MAX_FRAMES)
+    fps: float = Field(default=1.0, gt=0, le=MAX_FPS)
+    quality: int = Field(default=95, gt=0, le=100)
 
 
 class FrameShard(BaseModel):

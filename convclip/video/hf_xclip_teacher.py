@@ -6,12 +6,14 @@ Shapes: B batch, T captions, V videos, F frames, W words, P patches, D embed wid
 from __future__ import annotations
 
 import json
+from collections.abc import Iterable
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from transformers import XCLIPConfig, XCLIPModel
+from transformers import XCLIPConfig, XCLIPModel, XCLIPVisionConfig
 
 from convclip.schema import UserError
 from convclip.video.xclip_teacher import TWO_MODELS, normalize_frames, read_state
@@ -35,7 +37,9 @@ class HfXClipTeacher(nn.Module):
         super().__init__()
         self.model = model
         self.mean, self.std = mean, std
-        self.frames: int = model.config.vision_config.num_frames
+        vision = model.config.vision_config
+        assert isinstance(vision, XCLIPVisionConfig)  # XCLIPConfig makes it one
+        self.frames, self.image_size = vision.num_frames, vision.image_size
 
     def encode_video(self, frames: Tensor) -> dict[str, Tensor]:
         """Frames [B, F, 3, S, S] (uint8, or float already normalised) -> video_embed [B, D], patches [B, P, D].
@@ -72,7 +76,8 @@ class HfXClipTeacher(nn.Module):
 
     def forward(self, frames: Tensor, tokens: Tensor) -> Tensor:
         """Logits [T, V] of T captions against V videos."""
-        return self.score(**self.encode_text(tokens), **self.encode_video(frames))
+        text, video = self.encode_text(tokens), self.encode_video(frames)
+        return self.score(text["text_embed"], video["video_embed"], video["patches"])
 
 
 def load_hf_xclip(name_or_folder: str | Path) -> HfXClipTeacher:
@@ -94,9 +99,11 @@ def load_hf_xclip(name_or_folder: str | Path) -> HfXClipTeacher:
     if config.get("model_type") != "xclip":
         raise UserError(f"{name_or_folder} holds a {config.get('model_type')!r} model, not an XCLIPModel: {TWO_MODELS}")
     try:
-        model, info = XCLIPModel.from_pretrained(str(name_or_folder), output_loading_info=True)
+        # With its report it is a pair, which its declaration does not say.
+        loaded: Any = XCLIPModel.from_pretrained(str(name_or_folder), output_loading_info=True)
     except (OSError, ValueError, RuntimeError) as error:
         raise UserError(f"the XCLIPModel at {name_or_folder} cannot be read: {_one_line(error)}") from None
+    model, info = loaded
     _refuse_acm(info["unexpected_keys"], name_or_folder)
     wrong = [f"missing {key}" for key in info["missing_keys"]] + [f"left over {key}" for key in info["unexpected_keys"]]
     if wrong:
@@ -105,7 +112,7 @@ def load_hf_xclip(name_or_folder: str | Path) -> HfXClipTeacher:
     return teacher.eval().requires_grad_(False)
 
 
-def _refuse_acm(keys, source: str | Path) -> None:
+def _refuse_acm(keys: Iterable[str], source: str | Path) -> None:
     if any(key.startswith(ACM_KEYS) for key in keys):
         raise UserError(f"{source} is a checkpoint of the X-CLIP of ACM MM 2022, not of XCLIPModel: {TWO_MODELS}")
 

@@ -73,7 +73,7 @@ class VideoStudent(DualTower):
         video = torch.einsum("bf,bfd->bd", pooling, F.normalize(hidden.float(), dim=-1))
         return F.normalize(video, dim=-1), attention.softmax(-1)
 
-    def forward(
+    def forward(  # type: ignore[override]  # frames are no images: the task's own inputs call it
         self, frames: Tensor | None = None, texts: Tensor | None = None, n_frames: Tensor | None = None
     ) -> Outputs:
         """frames [B, F, 3, H, W] with n_frames [B], or stored frame features [B, F, D]; tokens [B, T] (int64), or

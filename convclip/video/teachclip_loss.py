@@ -62,7 +62,8 @@ def teachclip_loss(
         "coarse": torch.stack(coarses).mean() if coarses else zero,
         "fine": torch.stack(fines).mean() if fines else zero,
     }
-    total = sum(weight * part for weight, part in zip(weights or WEIGHTS[coarse], parts.values(), strict=True))
+    weighted = (weight * part for weight, part in zip(weights or WEIGHTS[coarse], parts.values(), strict=True))
+    total = sum(weighted, start=zero)
     return {"total": total, **parts}
 
 
@@ -91,8 +92,10 @@ def coarse_loss(
     """
     pairs = ((rows, teacher_rows), (columns, teacher_columns))
     if kind == "ce":
-        return sum(-(q.softmax(-1) * s.log_softmax(-1)).mean() for s, q in pairs)
-    return sum((1 - _correlation(s.softmax(-1), q.softmax(-1))).mean() for s, q in pairs)
+        of_rows, of_columns = (-(q.softmax(-1) * s.log_softmax(-1)).mean() for s, q in pairs)
+    else:
+        of_rows, of_columns = ((1 - _correlation(s.softmax(-1), q.softmax(-1))).mean() for s, q in pairs)
+    return of_rows + of_columns
 
 
 def fine_loss(frame_weights: Tensor, target: Tensor, mask: Tensor | None = None) -> Tensor:

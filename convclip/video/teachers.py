@@ -8,7 +8,7 @@ from __future__ import annotations
 import zlib
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Protocol
 
 import numpy as np
 import torch
@@ -17,6 +17,7 @@ from torch import Tensor
 from convclip.distributed import gather, rank
 from convclip.features.reader import FeatureStore
 from convclip.schema import Recipe, UserError
+from convclip.video.clip_loader import VideoBatch
 from convclip.video.hf_xclip_teacher import HfXClipTeacher, load_hf_xclip
 from convclip.video.msrvtt import VideoSplit
 from convclip.video.teachclip_loss import TeacherTargets
@@ -35,7 +36,7 @@ class VideoTeacher(Protocol):
 
     live: bool
 
-    def targets(self, batch: dict[str, Any]) -> TeacherTargets:
+    def targets(self, batch: VideoBatch) -> TeacherTargets:
         """What it says of this rank's pairs among those of all ranks; a collective."""
 
 
@@ -52,7 +53,7 @@ class StoredTeacher:
         self.parameters = {n: store.read(SCORE_PREFIX + n, [SCORE_ITEM])[0].to(device) for n in names}
 
     @torch.no_grad()
-    def targets(self, batch: dict[str, Any]) -> TeacherTargets:
+    def targets(self, batch: VideoBatch) -> TeacherTargets:
         """As VideoTeacher.targets."""
         ids = torch.stack([batch["video_id"], batch["caption_id"]], dim=1).to(self.device)
         videos, captions = gather(ids).cpu().numpy().T
@@ -72,9 +73,10 @@ class LiveTeacher:
         self.parameters = teacher.score_parameters()
 
     @torch.no_grad()
-    def targets(self, batch: dict[str, Any]) -> TeacherTargets:
+    def targets(self, batch: VideoBatch) -> TeacherTargets:
         """As VideoTeacher.targets."""
-        given = (batch[name].to(self.device, non_blocking=True) for name in ("frames", "n_frames", "text"))
+        read = (batch["frames"], batch["n_frames"], batch["text"])
+        given = (value.to(self.device, non_blocking=True) for value in read)
         features = {name: gather(rows.contiguous()) for name, rows in self.teacher(*given).items()}
         return TeacherTargets(*score_targets(features, self.parameters, _own(len(batch["caption_id"]))))
 
@@ -88,18 +90,19 @@ class LiveCoarseTeacher:
         self.teacher, self.device = teacher.to(device), device
 
     @torch.no_grad()
-    def targets(self, batch: dict[str, Any]) -> TeacherTargets:
+    def targets(self, batch: VideoBatch) -> TeacherTargets:
         """As VideoTeacher.targets."""
         videos = self.teacher.encode_video(batch["frames"].to(self.device))
         texts = self.teacher.encode_text(batch["text"].to(self.device))
-        rows = self.teacher.score(**texts, **{name: gather(value) for name, value in videos.items()})
-        columns = self.teacher.score(**{name: gather(value) for name, value in texts.items()}, **videos).T
+        text, video, patches = texts["text_embed"], videos["video_embed"], videos["patches"]
+        rows = self.teacher.score(text, gather(video), gather(patches))
+        columns = self.teacher.score(gather(text), video, patches).T
         return TeacherTargets(rows, columns)
 
 
 def open_teachers(recipe: Recipe, split: VideoSplit, device: torch.device) -> list[VideoTeacher]:
     """The recipe's teachers; UserError where there is none but a loss that needs one, or one does not fit."""
-    video = recipe.video
+    video = recipe.video_settings
     if not video.teachers and any(video.weights[1:]):
         raise UserError(
             "video.teachers is not set: name a store of tools/extract_features.py --kind xclip (.h5) or an X-CLIP "
@@ -109,20 +112,23 @@ def open_teachers(recipe: Recipe, split: VideoSplit, device: torch.device) -> li
 
 
 def _open_teacher(path: str, recipe: Recipe, split: VideoSplit, device: torch.device) -> VideoTeacher:
-    video = recipe.video
+    video = recipe.video_settings
     if path.endswith(".h5"):
         expected = {"kind": "xclip", "frames": video.frames, "words": video.words}
         return StoredTeacher(FeatureStore(path, expected), split, device)
-    is_folder = Path(path).is_dir() or not Path(path).suffix
-    if is_folder:
-        teacher = load_hf_xclip(path)
-        vision = teacher.model.config.vision_config
-        takes, has = (vision.num_frames, vision.image_size), (video.frames, recipe.model.image.image_size)
-    else:
-        teacher = load_xclip(path)
-        size = teacher.size
-        takes = (size.frames, size.image_size, size.words)
-        has = (video.frames, recipe.model.image.image_size, video.words)
+    pixels = recipe.model.image.image_size
+    if Path(path).is_dir() or not Path(path).suffix:
+        coarse = load_hf_xclip(path)
+        _check_fit(path, recipe, (coarse.frames, coarse.image_size), (video.frames, pixels))
+        return LiveCoarseTeacher(coarse, device)
+    teacher = load_xclip(path)
+    size = teacher.size
+    _check_fit(path, recipe, (size.frames, size.image_size, size.words), (video.frames, pixels, video.words))
+    return LiveTeacher(teacher, device)
+
+
+def _check_fit(path: str, recipe: Recipe, takes: tuple[object, ...], has: tuple[int, ...]) -> None:
+    """UserError where a live teacher takes other videos or tokens than the student."""
     if takes != has:
         raise UserError(
             f"teacher {path} takes (frames, pixels, words) of {takes}, the recipe has {has}: change the recipe, or "
@@ -130,7 +136,6 @@ def _open_teacher(path: str, recipe: Recipe, split: VideoSplit, device: torch.de
         )
     if recipe.model.text.tokenizer != "open_clip":
         raise UserError(f"teacher {path} reads open_clip's tokens, the student others: extract its features")
-    return LiveCoarseTeacher(teacher, device) if is_folder else LiveTeacher(teacher, device)
 
 
 def caption_crc32(captions: Sequence[str]) -> Tensor:

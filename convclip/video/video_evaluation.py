@@ -44,17 +44,20 @@ def evaluate_videos(
         pixels = normalize(frames.to(device, non_blocking=True).flatten(0, 1), image_tower.mean, image_tower.std, dtype)
         counts = dataset.n_frames[numbers].to(device)
         output = encode(pixels.unflatten(0, frames.shape[:2]), None, counts)
+        assert output.image is not None  # of frames that were given
         return torch.stack([output.image, mean_pool(output.extras["frame_features"], counts)], dim=1).flatten(1)
 
     def captions(texts: Tensor) -> Tensor:
-        return encode(None, texts.to(device, non_blocking=True)).text
+        features = encode(None, texts.to(device, non_blocking=True)).text
+        assert features is not None  # of captions that were given
+        return features
 
     count = len(dataset.split.video_ids)
     pairs = ((numbers, (numbers, frames)) for numbers, frames in dataset.video_batches(*place, workers))
     rows = embed_rows(lambda given: videos(*given), pairs, count, "embedding videos")
     aggregated, pooled = rows.unflatten(1, (2, -1)).unbind(1)
-    texts = dataset.text_batches(rank(), world_size(), 16 * batch, workers)
-    texts = embed_rows(captions, texts, len(dataset.split.captions), "embedding captions")
+    text_batches = dataset.text_batches(rank(), world_size(), 16 * batch, workers)
+    texts = embed_rows(captions, text_batches, len(dataset.split.captions), "embedding captions")
     video_of_text = dataset.video_of_text.to(texts.device)
     figures = None
     if is_main():

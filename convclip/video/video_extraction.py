@@ -20,7 +20,7 @@ from convclip.devices import PRECISIONS, current_device
 from convclip.distributed import is_main, rank, world_size
 from convclip.engine.stages.groups import reached_stages
 from convclip.engine.stored.extraction import ComputedRows, write_missing
-from convclip.engine.stored.frozen import PRECISION_NAMES
+from convclip.engine.stored.frozen import PRECISION_NAMES, WITHOUT_FILES
 from convclip.features.layout import ArraySpec, estimate
 from convclip.features.reader import state_dict_sha256
 from convclip.features.writer import FeatureWriter
@@ -45,7 +45,7 @@ from convclip.video.xclip_teacher import XClipTeacher, load_xclip
 
 def extract_towers(recipe: Recipe, model: VideoStudent, path: Path, dtype: torch.dtype) -> None:
     """Store what the recipe's locked towers make of its training videos and captions, on all ranks."""
-    data, work = load_video_set(recipe.data.train, recipe), towers_work(recipe, model)
+    data, work = load_video_set(_training_data(recipe), recipe), towers_work(recipe, model)
     settings = {"fps": data.frames.settings.fps, "jpeg_quality": data.frames.settings.quality}
     _write(path, TowersFeatures(recipe, work, data, dtype), {**towers_identity(recipe, work, dtype), **settings})
 
@@ -54,7 +54,7 @@ def extract_xclip(recipe: Recipe, path: Path, checkpoint: str, precision: str) -
     """Store what an X-CLIP teacher makes of the recipe's training data, on all ranks; precision fp32 or fp16."""
     if precision == "bf16":
         raise UserError("--precision bf16: the X-CLIP teacher's encoders run in fp32 or, as the original's, in fp16")
-    teacher, video = load_xclip(checkpoint, precision), recipe.video
+    teacher, video = load_xclip(checkpoint, "fp16" if precision == "fp16" else "fp32"), recipe.video_settings
     size = teacher.size
     if (size.frames, size.words) != (video.frames, video.words):
         raise UserError(
@@ -62,7 +62,7 @@ def extract_xclip(recipe: Recipe, path: Path, checkpoint: str, precision: str) -
             f"has {video.frames} and {video.words}: set video.frames={size.frames} and video.words={size.words}"
         )
     data = load_video_set(
-        recipe.data.train, recipe, lambda texts: tokenize_captions(texts, size.words), size.image_size
+        _training_data(recipe), recipe, lambda texts: tokenize_captions(texts, size.words), size.image_size
     )
     identity = {
         "kind": "xclip",
@@ -101,18 +101,17 @@ def towers_work(recipe: Recipe, model: VideoStudent) -> TowersWork:
 
 def towers_identity(recipe: Recipe, work: TowersWork, dtype: torch.dtype) -> dict[str, Any]:
     """What a store of the locked towers' features must have been made of."""
-    without_files = {"pretrained": True, "image": {"pretrained"}, "text": {"pretrained"}}
     parts = [part for part, is_locked in (("visual.", work.frames), ("text.", work.text)) if is_locked]
     weights = {name: p for name, p in work.model.state_dict().items() if name.startswith(tuple(parts))}
     return {
         "kind": "video towers",
-        "model": recipe.model.model_dump_json(exclude=without_files),
+        "model": recipe.model.model_dump_json(exclude=WITHOUT_FILES),
         "weights_sha256": state_dict_sha256(weights),
         "frames_stored": work.frames,
         "text_stored": work.text,
-        "frames": recipe.video.frames,
-        "words": recipe.video.words,
-        "mask_padding": recipe.video.mask_padding,
+        "frames": recipe.video_settings.frames,
+        "words": recipe.video_settings.words,
+        "mask_padding": recipe.video_settings.mask_padding,
         "precision": PRECISION_NAMES[dtype],
     }
 
@@ -177,7 +176,7 @@ class TowersFeatures:
         width, name = work.model.text.embed_dim, PRECISION_NAMES[dtype]
         self.arrays: dict[str, ArraySpec] = {}
         if work.frames:
-            self.arrays[STUDENT_FRAMES] = ArraySpec((recipe.video.frames, width), name, "activation", "video")
+            self.arrays[STUDENT_FRAMES] = ArraySpec((recipe.video_settings.frames, width), name, "activation", "video")
             self.arrays[N_FRAMES] = ArraySpec((), "uint8", "frames", "video")
         if work.text:
             self.arrays[STUDENT_TEXT] = ArraySpec((width,), name, "activation", "caption")
@@ -194,7 +193,7 @@ class TowersFeatures:
                 yield _names(split.caption_ids, items), rows
             return
         tower = self.recipe.model.image
-        step = max(1, batch // self.recipe.video.frames)
+        step = max(1, batch // self.recipe.video_settings.frames)
         for items, frames in self.data.read_videos(_numbers(split.video_ids, ids), step, workers):
             counts = self.data.n_frames[items]
             pixels = normalize(frames.to(self.device).flatten(0, 1), tower.mean, tower.std, self.dtype)
@@ -215,12 +214,18 @@ def _write(path: Path, work: XClipFeatures | TowersFeatures, identity: dict[str,
     ids = {kind: items for kind, items in ids.items() if kind in kinds}
     counts = {kind: len(items) for kind, items in ids.items()}
     # Ids have one length per kind; captions are by far the most.
-    longest = max(len(name) for name in ids.get("caption", ids.get("video")))
+    longest = max(len(name) for name in ids["caption" if "caption" in ids else "video"])
     if is_main():
         size = estimate(work.arrays, counts, longest)
         counted = ", ".join(f"{count} {kind}s" for kind, count in counts.items() if kind != "score")
         print(f"{path}: {counted}, {size / 1e6:.2f} MB ({size} bytes) when done", flush=True)
     write_missing(FeatureWriter(path, work.arrays, identity, ids, rank(), world_size()), ids, work.compute)
+
+
+def _training_data(recipe: Recipe) -> str:
+    if recipe.data.train is None:
+        raise UserError("data.train is not set: name the split's CSV with --train_data")
+    return recipe.data.train
 
 
 def _numbers(names: Sequence[str], wanted: Sequence[str]) -> list[int]:

@@ -28,11 +28,12 @@ class VideoObjective:
 
     def __call__(self, outputs: Outputs, batches: Sequence[VideoInputs], step: int) -> dict[str, Tensor]:
         """Losses by name; `total` is what is trained. The losses do not depend on the step."""
-        (batch,), settings, weights = batches, self.recipe.video, outputs.extras["frame_weights"]
+        (batch,), settings, weights = batches, self.recipe.video_settings, outputs.extras["frame_weights"]
+        video, text = outputs.both()
         mask = frame_mask(batch.n_frames, weights.shape[1]) if settings.mask_padding else None
         return teachclip_loss(
-            outputs.text,
-            outputs.image,
+            text,
+            video,
             outputs.logit_scale,
             weights,
             batch.targets,

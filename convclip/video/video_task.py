@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -43,31 +44,33 @@ class VideoTask:
 
     def build_model(self) -> VideoStudent:
         """As Task."""
-        return video_student(build_model(self.recipe.model), self.recipe.video)
+        return video_student(build_model(self.recipe.model), self.recipe.video_settings)
 
     def initial_model(self) -> tuple[VideoStudent, LoadReport]:
         """As Task; the temporal part starts from the loaded towers."""
         torch.manual_seed(self.recipe.seed)
         towers = build_model(self.recipe.model)
         report = load_pretrained(towers, self.recipe.model)
-        model = video_student(towers, self.recipe.video)
+        model = video_student(towers, self.recipe.video_settings)
         return model, LoadReport(report.new + model.new, report.loaded)
 
     def open(self, model: DualTower, device: torch.device, dtype: torch.dtype, store: str | Path | None) -> Parts:
         """As Task. A run whose frames all come from the store needs no frame store."""
         recipe, opened, frames = self.recipe, None, None
+        usable: Collection[str]
+        assert isinstance(model, VideoStudent)  # what `build_model` gives
         if recipe.data.train is None:
             raise UserError("data.train is not set: name the split's CSV with --train_data")
         if store is not None:
             opened = FeatureStore(store, towers_identity(recipe, towers_work(recipe, model), dtype))
-        live = any(not path.endswith(".h5") for path in recipe.video.teachers)
+        live = any(not path.endswith(".h5") for path in recipe.video_settings.teachers)
         if opened is None or STUDENT_FRAMES not in opened or recipe.freezing.unfreeze or live:
             frames = open_frame_store(recipe)
             usable, reasons = frames.places, frames.skipped
         else:
             usable, reasons = set(opened.ids(STUDENT_FRAMES)), {}
         split = open_split(recipe.data.train, recipe, usable, reasons)
-        tokenizer = word_tokenizer(recipe.model.text, recipe.video.words)
+        tokenizer = word_tokenizer(recipe.model.text, recipe.video_settings.words)
         loader = EpochLoader(
             VideoRows(split),
             VideoBatches(split, frames, tokenizer),
@@ -118,7 +121,7 @@ class VideoRetrieval:
     ) -> dict[str, Any]:
         """As Evaluation; with `zero_shot` also the recalls of the mean pool."""
         recipe = self.recipe
-        batch, workers = max(1, recipe.evaluation.batch // recipe.video.frames), recipe.data.workers
+        batch, workers = max(1, recipe.evaluation.batch // recipe.video_settings.frames), recipe.data.workers
         return evaluate_videos(encode, self.dataset, recipe.model.image, device, dtype, batch, workers, zero_shot)
 
     def table(self, figures: dict[str, Any]) -> str:

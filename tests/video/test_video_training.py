@@ -231,6 +231,7 @@ def refusals(files, folder):
         "live size": (f"video.teachers=[{files}/teacher.safetensors]", "video.words=9"),
         "other towers": (LOCKED, f"features={folder}/other.h5", "seed=7"),
         "not locked": ("features=fill",),
+        "no data": (LOCKED, "features=fill", "data.train=null"),
     }
     train_here(str(files), f"{folder}/first", (LOCKED, "features=fill", "max_steps=1"))
     (Path(folder) / "first" / "features.h5").rename(f"{folder}/other.h5")
@@ -255,6 +256,7 @@ def test_mistakes_are_named(files, tmp_path):
         "live size": ["teacher.safetensors", "(4, 32, 8)", "(4, 32, 9)"],
         "other towers": ["other.h5", "weights_sha256"],
         "not locked": ["no tower is locked"],
+        "no data": ["data.train is not set", "--train_data"],
     }
     for name, words in expected.items():
         message = messages.get(name, "nothing was refused")

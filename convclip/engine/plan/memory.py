@@ -30,7 +30,7 @@ GIB = 2**30
 # Sizes of GPUs that the plan names a micro batch for, in GiB.
 DEVICE_SIZES = (24, 40, 80, 141)
 # What a plan assumes where no ds_config is given.
-USUAL_DS_CONFIG = {
+USUAL_DS_CONFIG: dict[str, Any] = {
     "bf16": {"enabled": True},
     "zero_optimization": {"stage": 2, "overlap_comm": True, "reduce_bucket_size": 50_000_000},
 }

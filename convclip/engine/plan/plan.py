@@ -49,7 +49,7 @@ def make_plan(task: Task, ds_config: Mapping[str, Any] | None = None, world: int
         "peak_lr": peak_lr(recipe),
         "stages": [
             {
-                "epoch": stage.epoch if stage.epoch is not None else _epoch_of(stage.step, steps_per_epoch),
+                "epoch": _epoch_of(stage, steps_per_epoch),
                 "step": stage.step,
                 "trainable": parameter_counts(model, stage.trainable),
                 "groups": [
@@ -69,7 +69,7 @@ def make_plan(task: Task, ds_config: Mapping[str, Any] | None = None, world: int
     known = task.estimates_memory
     plan["memory"] = plan_memory(model, recipe, reached, ds_config, world) if known else None
     plan["storable"] = storable(model, recipe, reached) if known else []
-    plan["lr_curve"] = _lr_curve(recipe, reached, steps_per_epoch, total) if total else None
+    plan["lr_curve"] = _lr_curve(recipe, reached, steps_per_epoch, total) if steps_per_epoch and total else None
     return plan
 
 
@@ -176,8 +176,10 @@ def _total_steps(recipe: Recipe, steps_per_epoch: int | None) -> int | None:
     return min(steps_per_epoch * recipe.epochs, recipe.max_steps or steps_per_epoch * recipe.epochs)
 
 
-def _epoch_of(step: int, steps_per_epoch: int | None) -> int | None:
-    return step // steps_per_epoch if steps_per_epoch else None
+def _epoch_of(stage: Stage, steps_per_epoch: int | None) -> int | None:
+    if stage.epoch is not None or stage.step is None:
+        return stage.epoch
+    return stage.step // steps_per_epoch if steps_per_epoch else None
 
 
 def _describe(event: Unfreeze) -> str:

@@ -10,9 +10,8 @@ from __future__ import annotations
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 
-from torch import nn
-
 from convclip.config import UserError
+from convclip.models.dual_tower import DualTower
 from convclip.models.layer_groups import locked_names, unlocked_names
 from convclip.schema import Recipe, Unfreeze
 
@@ -60,7 +59,7 @@ def describe_amount(event: Unfreeze) -> str:
     return "all" if event.all else f"last {event.groups or event.layers} {'groups' if event.groups else 'layers'}"
 
 
-def training_stages(model: nn.Module, recipe: Recipe) -> list[Stage]:
+def training_stages(model: DualTower, recipe: Recipe) -> list[Stage]:
     """Stages of `recipe` in the order they begin; `model` may live on the meta device.
 
     Events are ordered by time; an epoch and a step cannot be compared without the data's size, so a recipe uses one
@@ -96,7 +95,7 @@ def training_stages(model: nn.Module, recipe: Recipe) -> list[Stage]:
     return stages
 
 
-def reached_stages(model: nn.Module, recipe: Recipe, steps_per_epoch: int | None = None) -> list[Stage]:
+def reached_stages(model: DualTower, recipe: Recipe, steps_per_epoch: int | None = None) -> list[Stage]:
     """The stages that begin before training ends; by epochs alone where the steps of an epoch are not known."""
     stages = training_stages(model, recipe)
     if steps_per_epoch is None:
@@ -133,12 +132,13 @@ def _groups(
     gathered: dict[tuple[str, bool], list[str]] = {}
     for name in names:
         gathered.setdefault((part_of(name), ndims[name] >= 2), []).append(name)
+    scales: dict[str, float] = dict(recipe.optim.part_lr_scale.items())
     suffix = "" if event is None else f".event{event}"
     return [
         Group(
             f"{part}{suffix}.{'decay' if decays else 'no_decay'}",
             tuple(members),
-            new_scale * recipe.optim.part_lr_scale.get(part, 1.0),
+            new_scale * scales.get(part, 1.0),
             recipe.optim.weight_decay if decays else 0.0,
             event,
         )

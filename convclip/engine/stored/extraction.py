@@ -20,6 +20,7 @@ from convclip.devices import current_device
 from convclip.distributed import barrier, is_main, rank, world_size
 from convclip.engine.stages.groups import reached_stages
 from convclip.engine.stored.frozen import FrozenWork, frozen_work, map_shape, recipe_views, store_identity
+from convclip.features.ids import Ids
 from convclip.features.layout import estimate
 from convclip.features.reader import FeatureStore, view_ids
 from convclip.features.writer import FeatureWriter
@@ -29,7 +30,7 @@ from convclip.models.teacher import Teacher
 from convclip.schema import Recipe, UserError
 
 VERIFIED_ITEMS = 32
-ComputedRows: TypeAlias = tuple[np.ndarray, dict[str, Tensor]]
+ComputedRows: TypeAlias = tuple[Ids, dict[str, Tensor]]
 
 
 def expected_store(recipe: Recipe, model: DualTower, dtype: torch.dtype) -> tuple[FrozenWork, dict[str, Any]]:
@@ -59,7 +60,9 @@ class Extraction:
         self.teacher = Teacher(recipe.teacher).to(self.device, dtype) if recipe.teacher else None
         if self.teacher is not None:
             self.identity["teacher_logit_scale"] = self.teacher.scale
-        self.views = recipe_views(recipe)
+        views = recipe_views(recipe)
+        assert views is not None  # `store_identity` refuses a recipe without
+        self.views = views
         self.batch, self.workers = recipe.evaluation.batch, recipe.data.workers
         shape = map_shape(self.model, recipe.model.image.image_size, self.work.boundary)
         self.arrays = self.work.arrays(recipe, shape, dtype, self.teacher.width if self.teacher else 0)
@@ -68,6 +71,7 @@ class Extraction:
         """The training data's usable images and captions, each once."""
         recipe = self.recipe
         tokenizer = build_tokenizer(recipe.model.text)
+        assert recipe.data.train is not None  # `expected_store` refuses a recipe without
         return load_evaluation_set(recipe.data.train, recipe.data, self.views.evaluation, tokenizer)
 
     def item_ids(self, data: EvaluationSet) -> dict[str, np.ndarray]:
@@ -77,9 +81,7 @@ class Extraction:
         views = np.concatenate([view_ids(data.image_ids, view, count) for view in range(count)])
         return {kind: ids for kind, ids in (("view", views), ("caption", data.caption_ids.numpy())) if kind in kinds}
 
-    def compute(
-        self, data: EvaluationSet, kind: str, ids: np.ndarray
-    ) -> Iterator[tuple[np.ndarray, dict[str, Tensor]]]:
+    def compute(self, data: EvaluationSet, kind: str, ids: np.ndarray) -> Iterator[ComputedRows]:
         """(ids, rows by array) of items of one kind, batch by batch."""
         ids = np.asarray(ids)
         if kind == "caption":

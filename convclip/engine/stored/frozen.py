@@ -23,6 +23,8 @@ from convclip.schema import Recipe, UserError
 
 # What --plan takes an image to have, where the data are not known.
 CAPTIONS_PER_IMAGE = 5
+# What of `model` in a recipe does not change the features: the weights have a hash of their own.
+WITHOUT_FILES: dict[str, bool | set[str]] = {"pretrained": True, "image": {"pretrained"}, "text": {"pretrained"}}
 PRECISION_NAMES = {torch.float32: "float32", torch.bfloat16: "bfloat16", torch.float16: "float16"}
 
 
@@ -38,9 +40,11 @@ class FrozenWork:
     def __bool__(self) -> bool:
         return bool(self.boundary or self.text or self.teacher)
 
-    def arrays(self, recipe: Recipe, map_shape: tuple[int, ...], dtype: torch.dtype, teacher_width: int) -> dict:
+    def arrays(
+        self, recipe: Recipe, map_shape: tuple[int, ...], dtype: torch.dtype, teacher_width: int
+    ) -> dict[str, ArraySpec]:
         """The store's arrays: maps in the precision they are computed in, unit-length embeddings in float32."""
-        arrays = {}
+        arrays: dict[str, ArraySpec] = {}
         if self.boundary:
             arrays["image_map"] = ArraySpec(map_shape, PRECISION_NAMES[dtype], "activation", "view")
         if self.text:
@@ -91,9 +95,8 @@ def store_identity(
     views = recipe_views(recipe)
     if views is None:
         raise UserError("features.views is not set: say how many views of each image to store, 1 for the centre crop")
-    without_files = {"pretrained": True, "image": {"pretrained"}, "text": {"pretrained"}}
     identity: dict[str, Any] = {
-        "model": recipe.model.model_dump_json(exclude=without_files),
+        "model": recipe.model.model_dump_json(exclude=WITHOUT_FILES),
         "boundary": work.boundary,
         "text": work.text,
         "precision": PRECISION_NAMES[dtype],
@@ -123,7 +126,8 @@ def storable(model: DualTower, recipe: Recipe, stages: list[Stage]) -> list[str]
     work = frozen_work(model, recipe, stages)
     if not work:
         return []
-    size, shape = recipe.model.image.image_size, ()
+    size = recipe.model.image.image_size
+    shape: tuple[int, ...] = ()
     if work.boundary:
         shape = map_shape(model, size, work.boundary)
     width = _teacher_width(recipe)

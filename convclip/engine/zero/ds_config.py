@@ -7,6 +7,7 @@ Reading a file imports neither torch nor deepspeed; what a run needs is checked 
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -53,7 +54,7 @@ def resolve_ds_config(values: dict[str, Any], recipe: Recipe, world: int) -> dic
     return resolved
 
 
-def precision(ds_config: dict[str, Any]) -> torch.dtype:
+def precision(ds_config: Mapping[str, Any]) -> torch.dtype:
     """dtype of the model's weights and activations under `ds_config`."""
     import torch
 
@@ -62,7 +63,7 @@ def precision(ds_config: dict[str, Any]) -> torch.dtype:
     return torch.bfloat16 if ds_config.get("bf16", {}).get("enabled") else torch.float32
 
 
-def zero_stage(ds_config: dict[str, Any]) -> int:
+def zero_stage(ds_config: Mapping[str, Any]) -> int:
     """ZeRO stage of `ds_config`."""
     return ds_config.get("zero_optimization", {}).get("stage", 0)
 

@@ -122,7 +122,7 @@ def clamp_parameter(engine: DeepSpeedEngine, shards: Iterable[MasterShard], name
         partition.data.clamp_(max=high)
 
 
-def rank_of(group: object) -> int:
+def rank_of(group: torch.distributed.ProcessGroup) -> int:
     """This process's rank in a process group."""
     return torch.distributed.get_rank(group)
 

@@ -19,7 +19,7 @@ from convclip.engine.zero.ds_config import precision, zero_stage
 from convclip.engine.zero.masters import clamp_parameter, master_shards
 from convclip.models.batch_norm import average_running_statistics
 from convclip.models.checkpoint_weights import RunState, load_weights, read_state
-from convclip.models.dual_tower import DualTower
+from convclip.models.dual_tower import Cut, DualTower
 from convclip.models.layer_groups import frozen_cut
 from convclip.schema import Recipe
 
@@ -31,6 +31,10 @@ class StagedEngine:
     present one of `stages`. `engine` is the DeepSpeed engine of that stage, a new one after each event; `trainable` are
     the names it trains, and `frozen` is the cut below which nothing trains.
     """
+
+    engine: DeepSpeedEngine
+    trainable: set[str]
+    frozen: Cut
 
     def __init__(
         self, model: DualTower, recipe: Recipe, ds_config: Mapping[str, Any], steps_per_epoch: int, folder: Path
@@ -117,9 +121,7 @@ class StagedEngine:
 
     def _build(self, stage: int) -> None:
         self.stage = stage
-        self.engine: DeepSpeedEngine = build_engine(
-            self._model, self.present.groups, self.ds_config, self.recipe.optim, self._unopened
-        )
+        self.engine = build_engine(self._model, self.present.groups, self.ds_config, self.recipe.optim, self._unopened)
         self._look()
 
     def _look(self) -> None:
