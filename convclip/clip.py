@@ -20,6 +20,7 @@ from tqdm import tqdm
 
 from convclip import schema
 from convclip.config import load_recipe
+from convclip.data.pixels import plain_picture
 from convclip.data.samples import BrokenSample, decode_image
 from convclip.data.tokenizers import Tokenizer, build_tokenizer
 from convclip.data.transforms import EvalTransform, normalize, stack_images
@@ -141,7 +142,7 @@ class Clip:
                 name = str(getattr(picture, "filename", "") or name)
                 with _DECODING:
                     picture.load()
-                return self.transform(picture)
+                return self.transform(plain_picture(picture))
         except BrokenSample as error:
             raise UserError(f"{error}: mend this picture or leave it out") from None
         # Pillow decodes a picture that somebody else opened only now, and its decoders raise nearly anything.

@@ -23,6 +23,7 @@ import convclip
 from convclip.clip import pick_device
 from convclip.config import load_recipe
 from convclip.data.evaluation_set import load_evaluation_set
+from convclip.data.pixels import plain_picture
 from convclip.evaluation.embedding import embed
 from convclip.features.reader import FeatureStore
 from convclip.models import build_model
@@ -91,10 +92,10 @@ def open_clip_embeddings(folder: Path, images: list[Image.Image]) -> torch.Tenso
 
 
 def test_pictures_embed_as_in_open_clip(exported, pictures):
-    """After open_clip's own preprocessing. Pixels are equal to the bit; 1e-5 is for the order of sums in the towers."""
+    """After open_clip's own preprocessing of RGB. Pixels are equal to the bit; 1e-5 is for the order of sums."""
     found = exported.embed_images(pictures.values())
     assert found.shape == (len(pictures), 16) and found.dtype == torch.float32 and found.device.type == "cpu"
-    expected = open_clip_embeddings(EXPORT, [Image.open(path) for path in pictures.values()])
+    expected = open_clip_embeddings(EXPORT, [plain_picture(Image.open(path)) for path in pictures.values()])
     torch.testing.assert_close(found, expected, atol=1e-5, rtol=0)
     torch.testing.assert_close(found.norm(dim=1), torch.ones(len(found)))
     # They would not be equal anyway.
@@ -104,7 +105,9 @@ def test_pictures_embed_as_in_open_clip(exported, pictures):
 def test_pictures_embed_by_torchvisions_steps(clip, pictures):
     """Written out: resize the shorter side, crop the centre, RGB, 0..1, mean and std out; the picture as stored."""
     for name, found in zip(pictures, clip.embed_images(pictures.values()), strict=True):
-        picture = vision.resize(Image.open(pictures[name]), [32], interpolation=vision.InterpolationMode.BICUBIC)
+        picture = vision.resize(
+            plain_picture(Image.open(pictures[name])), [32], interpolation=vision.InterpolationMode.BICUBIC
+        )
         pixels = vision.to_image(vision.center_crop(picture, [32, 32]).convert("RGB"))
         tower = clip.config.image
         values = vision.normalize(vision.to_dtype(pixels, torch.float32, scale=True), tower.mean, tower.std)
@@ -117,7 +120,7 @@ def test_embeddings_are_those_of_the_evaluation(clip):
     dataset = load_evaluation_set(recipe.data.val, recipe.data, clip.transform, clip.tokenizer)
     model = build_model(recipe.model).eval()
     load_weights(model, RUN / "checkpoints" / "step-00000003")
-    images, texts, scale = embed(model, dataset, recipe.model.image, torch.device("cpu"), torch.float32)
+    images, texts, scale, *_ = embed(model, dataset, recipe.model.image, torch.device("cpu"), torch.float32)
     found = clip.embed_images(val_pictures()), clip.embed_texts(dataset.captions)
     torch.testing.assert_close(found, (images, texts), atol=1e-6, rtol=0)
     torch.testing.assert_close(clip.similarity(*found), scale * images @ texts.T, atol=1e-5, rtol=0)

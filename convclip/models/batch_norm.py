@@ -32,7 +32,8 @@ def float32_statistics(model: nn.Module) -> Iterator[None]:
     takes a half-precision input with float32 weights and statistics, but no mixture: the weights are cast as it runs.
     """
     norms = batch_norms(model)
-    kept = [(norm.running_mean.float(), norm.running_var.float()) for norm in norms]
+    # Copies: a cast may change a buffer in place.
+    kept = [(norm.running_mean.float().clone(), norm.running_var.float().clone()) for norm in norms]
     yield
     for norm, (mean, variance) in zip(norms, kept, strict=True):
         norm.running_mean, norm.running_var = mean.to(norm.running_mean.device), variance.to(norm.running_var.device)

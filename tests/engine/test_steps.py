@@ -179,6 +179,9 @@ class PlainEngine:
     def gradient_accumulation_steps(self) -> int:
         return self.count
 
+    def is_gradient_accumulation_boundary(self) -> bool:
+        return False
+
     def set_gradient_accumulation_boundary(self, is_boundary: bool) -> None:
         self.boundaries.append(is_boundary)
 

@@ -36,7 +36,8 @@ def files(tmp_path_factory):
 def command(files: Path, output: Path, *more: str) -> list[str]:
     """The extraction of the small run, both towers locked, three views."""
     train = str(files / "train-{000000..000002}.tar")
-    given = [part for value in overrides(files, freezing=LOCKED, features__views=3) for part in ("--set", value)]
+    values = overrides(files, freezing=LOCKED, features__views=3)
+    given = [part for value in values if not value.startswith("data.train=") for part in ("--set", value)]
     names = ["--kind", "towers", "--recipe", str(files / "small.yaml"), "--train_data", train, "--output", str(output)]
     return ["tools/extract_features.py", *names, *given, *more]
 

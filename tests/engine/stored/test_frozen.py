@@ -123,7 +123,7 @@ def what_learns(files: Path, folder: Path) -> dict[str, Any]:
 
     before, trainer_module.Trainer = trainer_module.Trainer, Kept
     try:
-        saved = {"checkpoint": {"every_epochs": 3}, "head_alignment": ALIGN}
+        saved = {"checkpoint__every_epochs": 3, "head_alignment": ALIGN}
         train(files, folder / "state", "zero1_fp32", features={"views": 1}, **saved)
     finally:
         trainer_module.Trainer = before
