@@ -139,7 +139,8 @@ def leave_out_spikes(panel: Axes, points: list[tuple[int, float]]) -> None:
     (lowest, _), (usual, _), (highest, step) = finite[0], finite[len(finite) * 49 // 50 - 1], finite[-1]
     span = (usual - lowest) or abs(usual) or 1.0
     if highest > usual + 2 * span:
-        bottom = min(value for line in panel.lines for value in line.get_ydata() if math.isfinite(value))
+        curves: list[Any] = [line.get_ydata() for line in panel.lines]
+        bottom = min(value for values in curves for value in values if math.isfinite(value))
         panel.set_ylim(bottom - span / 20, usual + span / 4)
         panel.set_title(f"{panel.get_title()} (up to {highest:.4g} at step {step:,})")
 
@@ -211,14 +212,20 @@ def finish(panel: Axes, run: Run) -> None:
     for step, label in markers(run.events, last):
         panel.axvline(step, color="#666666", linestyle=":", linewidth=1.2)
         where: dict[str, Any] = {"xycoords": ("data", "axes fraction"), "xytext": (0, 2)}
-        style = {"textcoords": "offset points", "ha": "center", "va": "bottom", "fontsize": 9, "color": "#444444"}
+        style: dict[str, Any] = {
+            "textcoords": "offset points",
+            "ha": "center",
+            "va": "bottom",
+            "fontsize": 9,
+            "color": "#444444",
+        }
         panel.annotate(label, (step, 1.0), **where, **style)
     # The event numbers stand between panel and title.
     panel.set_title(panel.get_title(), pad=18 if run.events else 6)
     panel.grid(alpha=0.25)
     panel.spines[["top", "right"]].set_visible(False)
     panel.tick_params(labelbottom=True)
-    panel.xaxis.get_major_locator().set_params(integer=True)
+    panel.locator_params(axis="x", integer=True)
     panel.xaxis.set_major_formatter(lambda value, _: f"{value:,.0f}")
     panel.set_xlabel("step", fontsize=9)
     if panel.get_legend_handles_labels()[0]:
