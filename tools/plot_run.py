@@ -17,7 +17,7 @@ import math
 import sys
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 from convclip.command_line import run
 from convclip.files import whole_file, writing
@@ -32,8 +32,7 @@ COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#0
 # Two ways of each recall: from pictures or videos to text, and back.
 RECALLS = tuple(f"{way}_r{k}" for k in (1, 5, 10) for way in ("i2t", "t2i", "v2t", "t2v"))
 POINT = ("", ".")  # marker of a curve that is a line, and of one that is a single point
-# Markers of events closer than this share of the run would cover each other: they share one.
-LEAST_GAP = 0.03
+LEAST_GAP = 0.03  # markers of events closer than this share of the run would cover each other: they share one
 
 
 @dataclass(frozen=True)
@@ -72,10 +71,9 @@ def read_run(folder: Path) -> Run:
     if not folder.is_dir():
         raise UserError(f"{folder} is not a run folder: name the --output_dir of a run")
     rows = read_rows(folder / "metrics.jsonl")
-    steps = [row for row in rows if "loss" in row]
+    steps, events = [row for row in rows if "loss" in row], [row for row in rows if row.get("event") == "unfreeze"]
     if not steps:
         raise UserError(f"{folder / 'metrics.jsonl'} has no logged step yet")
-    events = [row for row in rows if row.get("event") == "unfreeze"]
     return Run(folder.resolve().name, steps, events, read_rows(folder / "eval.jsonl"))
 
 
@@ -139,8 +137,7 @@ def leave_out_spikes(panel: Axes, points: list[tuple[int, float]]) -> None:
     (lowest, _), (usual, _), (highest, step) = finite[0], finite[len(finite) * 49 // 50 - 1], finite[-1]
     span = (usual - lowest) or abs(usual) or 1.0
     if highest > usual + 2 * span:
-        curves: list[Any] = [line.get_ydata() for line in panel.lines]
-        bottom = min(value for values in curves for value in values if math.isfinite(value))
+        bottom = min(v for line in panel.lines for v in cast(Any, line.get_ydata()) if math.isfinite(v))
         panel.set_ylim(bottom - span / 20, usual + span / 4)
         panel.set_title(f"{panel.get_title()} (up to {highest:.4g} at step {step:,})")
 
@@ -208,8 +205,7 @@ def draw_recalls(panel: Axes, run: Run) -> None:
 
 def finish(panel: Axes, run: Run) -> None:
     """Events, grid, axis labels and a legend below the panel, where it covers nothing."""
-    last = max(row["step"] for row in run.steps + run.evaluations)
-    for step, label in markers(run.events, last):
+    for step, label in markers(run.events, max(row["step"] for row in run.steps + run.evaluations)):
         panel.axvline(step, color="#666666", linestyle=":", linewidth=1.2)
         where: dict[str, Any] = {"xycoords": ("data", "axes fraction"), "xytext": (0, 2)}
         style: dict[str, Any] = {
