@@ -123,15 +123,25 @@ def _sets(override: str, key: str) -> bool:
     section, _, field = key.rpartition(".")
     if name != section:
         return name == key
-    value = parse_yaml(text, _named(override))
+    value = _override_value(text, override)
     return isinstance(value, dict) and field in value
+
+
+def _override_value(text: str, override: str) -> Any:
+    """The YAML value of an override; what is no YAML is often a text that wants quotes: `{000..004}.tar`, `@x`."""
+    try:
+        return parse_yaml(text, _named(override))
+    except UserError as error:
+        key = override.partition("=")[0]
+        hint = f"; a text with braces, brackets or other signs goes in quotes: --set '{key}=\"{one_line(text[:60])}\"'"
+        raise UserError(one_line(f"{error}{hint}") if "'" not in text and '"' not in text else str(error)) from None
 
 
 def _apply_override(values: dict[str, Any], override: str) -> None:
     key, sign, text = override.partition("=")
     if not sign or not key:
         raise UserError(f"{_named(override)}: write it as key=value, as in --set optim.lr=5e-4")
-    value = parse_yaml(text, _named(override))
+    value = _override_value(text, override)
     if value is None and text.strip().startswith("#"):
         raise UserError(f"{_named(override)}: YAML reads the value as a comment, put it in quotes")
     *parents, last = key.split(".")

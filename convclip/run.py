@@ -95,9 +95,30 @@ def evaluate_checkpoint(
         figures["zero_shot"] = classes.figures(model, device, dtype)
         table += f"\n{classes.table(figures['zero_shot'])}"
     if is_main():
-        print(table)
-        row = {"checkpoint": str(path), "data": data, "precision": precision, "step": read_state(path).step, **figures}
+        state = read_state(path)
+        print(_evaluated_as(precision, _precision_name(state.precision), overrides) + table)
+        row = {"checkpoint": str(path), "data": data, "precision": precision, "step": state.step, **figures}
+        if overrides:
+            row["overrides"] = list(overrides)
         with writing(folder, "--output_dir"):
             folder.mkdir(parents=True, exist_ok=True)
         write_text(folder / "eval.jsonl", json.dumps(row) + "\n", "--output_dir")
     return figures
+
+
+def _precision_name(dtype: str) -> str:
+    """`fp32` for the `torch.float32` of a checkpoint."""
+    return next((name for name, known in PRECISIONS.items() if str(known) == dtype), dtype)
+
+
+def _evaluated_as(precision: str, trained: str, overrides: Sequence[str]) -> str:
+    """What a table has to say of itself: its precision beside the run's, and a recipe that is not the run's."""
+    lines = [f"evaluated in {precision}"]
+    if precision != trained:
+        lines[0] += (
+            f"; the run computed in {trained}, so its own figures differ a little from these: --precision {trained} "
+            "gives the run's"
+        )
+    if overrides:
+        lines.append(f"with the recipe changed by {' '.join(f'--set {override}' for override in overrides)}")
+    return "\n".join(lines) + "\n"

@@ -24,7 +24,7 @@ from convclip.clip import pick_device
 from convclip.config import load_recipe
 from convclip.data.evaluation_set import load_evaluation_set
 from convclip.data.pixels import plain_picture
-from convclip.evaluation.embedding import embed
+from convclip.evaluation.embedding import Encoder, embed
 from convclip.features.reader import FeatureStore
 from convclip.models import build_model
 from convclip.models.checkpoint_weights import load_weights, read_weights
@@ -120,7 +120,8 @@ def test_embeddings_are_those_of_the_evaluation(clip):
     dataset = load_evaluation_set(recipe.data.val, recipe.data, clip.transform, clip.tokenizer)
     model = build_model(recipe.model).eval()
     load_weights(model, RUN / "checkpoints" / "step-00000003")
-    images, texts, scale, *_ = embed(model, dataset, recipe.model.image, torch.device("cpu"), torch.float32)
+    encoder = Encoder(model, recipe.model.image, torch.device("cpu"), torch.float32)
+    images, texts, scale, *_ = embed(encoder, dataset)
     found = clip.embed_images(val_pictures()), clip.embed_texts(dataset.captions)
     torch.testing.assert_close(found, (images, texts), atol=1e-6, rtol=0)
     torch.testing.assert_close(clip.similarity(*found), scale * images @ texts.T, atol=1e-5, rtol=0)

@@ -177,6 +177,7 @@ def test_overrides_reach_every_kind_of_place():
         ("=1", ["key=value"]),
         ("optim.lr.x=1", ["lr is a single value"]),
         ("optim.lr=[", ["not valid YAML"]),
+        ("data.train={000..004}.tar", ["not valid YAML", "in quotes: --set 'data.train=\"{000..004}.tar\"'"]),
         ("optim.lr=fast", ["optim.lr", "valid number"]),
         ("optim.lr=0", ["optim.lr", "greater than 0"]),
         ("optim.lr=.inf", ["optim.lr", "finite"]),

@@ -83,7 +83,31 @@ def judge(options: argparse.Namespace) -> int:
         f"{'pass' if passed else 'fail'}: mean relative error {relative:.6g} (limit {MOST_RELATIVE}) or "
         f"mean absolute error {absolute:.6g} (limit {MOST_ABSOLUTE})"
     )
+    if not passed:
+        print(advice(comparison))
     return 0 if passed else 1
+
+
+def advice(comparison: Comparison) -> str:
+    """For a run that fails: where its loss leaves the reference's, and which field of the recipe to look at first."""
+    steps = comparison.steps
+    with np.errstate(all="ignore"):
+        # A loss that is not finite is off too.
+        off = ~(np.abs(comparison.run / comparison.reference - 1) <= MOST_RELATIVE)
+    if not np.isfinite(comparison.run).all():
+        bad = steps[~np.isfinite(comparison.run)][0]
+        return f"look first at: optim.lr and optim.clip_grad_norm, the run's loss is not finite at step {bad}"
+    if off[0]:
+        return (
+            f"look first at: batch.global, for the losses differ from the first compared step {steps[0]} on; then at "
+            "batch.accumulation (each loss compares fewer rows), model.init_logit_scale, and the first weights"
+        )
+    # Off for good: from there on, most of the steps are.
+    later = next((number for number in np.flatnonzero(off) if off[number:].mean() > 0.5), int(off.argmax()))
+    return (
+        f"look first at: optim.lr and optim.warmup_steps, for the losses agree until step {steps[max(later - 1, 0)]}; "
+        "then at epochs (the length of the cosine), optim.weight_decay, and the order of the data; --plot draws both"
+    )
 
 
 def compare(reference: dict[int, float], run: dict[int, float]) -> Comparison:
@@ -108,7 +132,7 @@ def read_losses(path: Path) -> dict[int, float]:
             raise UserError(f"{path} holds neither metrics.jsonl nor out.log")
         path = candidates[0]
     try:
-        text = path.read_text(encoding="utf-8")
+        text = path.read_text(encoding="utf-8-sig")
     except (OSError, UnicodeDecodeError) as error:
         raise UserError(f"{path} cannot be read: {error}") from None
     losses = _of_metrics(path, text) if text.lstrip().startswith("{") else _of_open_clip(path, text)

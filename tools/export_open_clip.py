@@ -14,7 +14,7 @@ import sys
 from pathlib import Path
 
 from convclip.command_line import add_overrides, run
-from convclip.config import load_recipe
+from convclip.config import Recipe, UserError, load_recipe
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -38,10 +38,12 @@ def export(options: argparse.Namespace) -> None:
     if options.recipe is None:
         path = checkpoint_path(options.checkpoint)
         recipe = load_recipe(path.parent.parent / "recipe.yaml", options.overrides)
+        refuse_video(recipe, options.checkpoint)
         model = build_model(recipe.model)
         load_weights(model, path)
     else:
         recipe = load_recipe(options.recipe, options.overrides)
+        refuse_video(recipe, options.checkpoint)
         model = build_model(recipe.model)
         load_exact(model, options.checkpoint)
     done = export_open_clip(model, recipe.model, options.output_dir)
@@ -52,6 +54,15 @@ def export(options: argparse.Namespace) -> None:
         print('load it with convclip.models.export.load_export("' + str(done.folder) + '")')
     if done.note:
         print(f"note: {done.note}")
+
+
+def refuse_video(recipe: Recipe, source: Path) -> None:
+    """open_clip has no place for a model of videos. Errors: UserError."""
+    if recipe.task == "video":
+        raise UserError(
+            f"{source} is a model of videos, whose temporal part open_clip has no place for: it cannot be exported; "
+            f"score it with launch/evaluate.py --checkpoint {source}, or name an image recipe's run"
+        )
 
 
 if __name__ == "__main__":

@@ -13,10 +13,11 @@ import base64
 import html
 import io
 import json
+import math
 import sys
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 from convclip.command_line import run
 from convclip.files import whole_file, writing
@@ -30,8 +31,8 @@ if TYPE_CHECKING:
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000", "#B0A000")
 # Two ways of each recall: from pictures or videos to text, and back.
 RECALLS = tuple(f"{way}_r{k}" for k in (1, 5, 10) for way in ("i2t", "t2i", "v2t", "t2v"))
-# Markers of events closer than this share of the run would cover each other: they share one.
-LEAST_GAP = 0.03
+POINT = ("", ".")  # marker of a curve that is a line, and of one that is a single point
+LEAST_GAP = 0.03  # markers of events closer than this share of the run would cover each other: they share one
 
 
 @dataclass(frozen=True)
@@ -57,10 +58,10 @@ def plot(options: argparse.Namespace) -> None:
     """Draw the run and say what was written."""
     found = read_run(options.run_folder)
     picture = draw(found)
-    paths = [(options.output or options.run_folder / "plot.png", picture)]
+    paths = {options.output or options.run_folder / "plot.png": picture}
     if options.html:
-        paths.append((options.run_folder / "report" / "index.html", page(found, picture).encode()))
-    for path, content in paths:
+        paths[options.run_folder / "report" / "index.html"] = page(found, picture).encode()
+    for path, content in paths.items():
         write(path, content)
         print(f"wrote {path}")
 
@@ -70,18 +71,15 @@ def read_run(folder: Path) -> Run:
     if not folder.is_dir():
         raise UserError(f"{folder} is not a run folder: name the --output_dir of a run")
     rows = read_rows(folder / "metrics.jsonl")
-    steps = [row for row in rows if "loss" in row]
+    steps, events = [row for row in rows if "loss" in row], [row for row in rows if row.get("event") == "unfreeze"]
     if not steps:
         raise UserError(f"{folder / 'metrics.jsonl'} has no logged step yet")
-    events = [row for row in rows if row.get("event") == "unfreeze"]
     return Run(folder.resolve().name, steps, events, read_rows(folder / "eval.jsonl"))
 
 
 def read_rows(path: Path) -> list[dict[str, Any]]:
     """Objects of a JSON-lines file, none where it is absent; a last line without its end is still being written."""
-    if not path.is_file():
-        return []
-    lines = path.read_text(encoding="utf-8").split("\n")[:-1]
+    lines = path.read_text(encoding="utf-8-sig").split("\n")[:-1] if path.is_file() else []
     rows = []
     for number, line in enumerate(lines, 1):
         try:
@@ -100,15 +98,12 @@ def draw(run: Run) -> bytes:
         from matplotlib.figure import Figure
     except ImportError:
         raise UserError("drawing needs matplotlib: pip install --editable '.[report]'") from None
-    notes = [event_note(number, event) for number, event in enumerate(run.events, 1)]
+    notes = [event_note(*item) for item in enumerate(run.events, 1)]
     figure = Figure(figsize=(13, 8.6 + 0.22 * len(notes)), dpi=120, layout="constrained")
     figure.suptitle(run.name, fontsize=14, fontweight="bold")
-    panels = figure.subplots(2, 2, sharex=True)
-    draw_loss(panels[0, 0], run)
-    draw_lr(panels[0, 1], run)
-    draw_logit_scale(panels[1, 0], run)
-    draw_recalls(panels[1, 1], run)
-    for panel in panels.flat:
+    panels = figure.subplots(2, 2, sharex=True).flat
+    for panel, content in zip(panels, (draw_loss, draw_lr, draw_logit_scale, draw_recalls), strict=True):
+        content(panel, run)
         finish(panel, run)
     if notes:
         figure.supxlabel("\n".join(notes), fontsize=9.5, x=0.01, ha="left", linespacing=1.5)
@@ -121,17 +116,30 @@ def draw_loss(panel: Axes, run: Run) -> None:
     parts = sorted({key for row in run.steps for key in row if key.startswith("loss_")} - {"loss_scale"})
     for colour, key in zip(COLOURS, ["loss", *parts], strict=False):
         steps, values = series(run.steps, key)
-        label = key.removeprefix("loss_")
         if len(values) < 100:
-            panel.plot(steps, values, color=colour, label=label)
+            panel.plot(steps, values, color=colour, label=key.removeprefix("loss_"), marker=POINT[len(values) == 1])
             continue
         window = len(values) // 50
         means = [sum(values[i : i + window]) / window for i in range(len(values) - window + 1)]
         panel.plot(steps, values, color=colour, alpha=0.25, linewidth=0.8)
-        panel.plot(steps[window - 1 :], means, color=colour, label=f"{label} (mean of {window})")
+        panel.plot(steps[window - 1 :], means, color=colour, label=f"{key.removeprefix('loss_')} (mean of {window})")
     steps, values = series(run.evaluations, "val_loss")
     if values:
         panel.plot(steps, values, "o--", color="#444444", markersize=4, linewidth=1, label="validation")
+    leave_out_spikes(panel, [*zip(*series(run.steps, "loss"), strict=True), *zip(steps, values, strict=True)])
+
+
+def leave_out_spikes(panel: Axes, points: list[tuple[int, float]]) -> None:
+    """End the y axis below the few values that would flatten all the others; the title says so."""
+    finite = sorted((value, step) for step, value in points if math.isfinite(value))
+    if len(finite) < 20:
+        return
+    (lowest, _), (usual, _), (highest, step) = finite[0], finite[len(finite) * 49 // 50 - 1], finite[-1]
+    span = (usual - lowest) or abs(usual) or 1.0
+    if highest > usual + 2 * span:
+        bottom = min(v for line in panel.lines for v in cast(Any, line.get_ydata()) if math.isfinite(v))
+        panel.set_ylim(bottom - span / 20, usual + span / 4)
+        panel.set_title(f"{panel.get_title()} (up to {highest:.4g} at step {step:,})")
 
 
 def draw_lr(panel: Axes, run: Run) -> None:
@@ -146,11 +154,13 @@ def draw_lr(panel: Axes, run: Run) -> None:
     for number, (points, names) in enumerate(curves.items()):
         # Groups opened at different times often end on one curve: the earlier, wider line shows beside the later.
         colour, width = COLOURS[number % len(COLOURS)], max(1.2, 3.6 - 0.8 * number)
-        panel.plot(*zip(*points, strict=True), color=colour, linewidth=width, label=", ".join(dict.fromkeys(names)))
+        style: dict[str, Any] = {"color": colour, "linewidth": width, "marker": POINT[len(points) == 1]}
+        panel.plot(*zip(*points, strict=True), label=", ".join(dict.fromkeys(names)), **style)
     panel.set_yscale("log")
     if curves:
-        rates = [rate for points in curves for _, rate in points]
-        panel.set_ylim(bottom=max(min(rates), max(rates) * 1e-5) / 1.5)
+        # Two decades below the lowest curve's peak: the cosine's end goes down without end on a log axis.
+        peaks = [max(rate for _, rate in points) for points in curves]
+        panel.set_ylim(bottom=max(min(rate for points in curves for _, rate in points), min(peaks) / 100) / 1.5)
 
 
 def group_label(name: str, first_step: int, events: list[dict[str, Any]]) -> str:
@@ -165,7 +175,9 @@ def group_label(name: str, first_step: int, events: list[dict[str, Any]]) -> str
 def draw_logit_scale(panel: Axes, run: Run) -> None:
     """exp(logit_scale), the factor on the cosines."""
     panel.set_title("logit scale")
-    panel.plot(*series(run.steps, "logit_scale"), color=COLOURS[0])
+    steps, values = series(run.steps, "logit_scale")
+    panel.plot(steps, values, color=COLOURS[0], marker=POINT[len(values) == 1])
+    leave_out_spikes(panel, list(zip(steps, values, strict=True)))
 
 
 def draw_recalls(panel: Axes, run: Run) -> None:
@@ -178,46 +190,38 @@ def draw_recalls(panel: Axes, run: Run) -> None:
         if values:
             way, k = key.split("_r")
             label = f"{way.upper().replace('2', '→')} R@{k}"
-            line, marker = ("-", "o") if way.endswith("t") else ("--", "s")
-            colour = COLOURS[number // 4]
-            panel.plot(steps, values, color=colour, linestyle=line, marker=marker, markersize=3.5, label=label)
+            # The wider, paler line shows beside the other way's where the two are equal.
+            style: dict[str, Any] = {"linestyle": "--", "marker": "s", "linewidth": 1.2, "markersize": 3}
+            if way.endswith("t"):
+                style = {"linestyle": "-", "marker": "o", "linewidth": 3, "markersize": 6, "alpha": 0.5}
+            panel.plot(steps, values, color=COLOURS[number // 4], label=label, **style)
     if panel.lines:
         panel.set_ylim(bottom=0)
     else:
-        panel.text(
-            0.5,
-            0.5,
-            "no evaluation yet",
-            transform=panel.transAxes,
-            ha="center",
-            color="#777777",
-            backgroundcolor="white",
-            zorder=3,
-        )
+        style = {"ha": "center", "color": "#777777", "backgroundcolor": "white", "zorder": 3}
+        panel.text(0.5, 0.5, "no evaluation yet", transform=panel.transAxes, **style)
         panel.set_yticks([])
 
 
 def finish(panel: Axes, run: Run) -> None:
     """Events, grid, axis labels and a legend below the panel, where it covers nothing."""
-    last = max(row["step"] for row in run.steps + run.evaluations)
-    for step, label in markers(run.events, last):
+    for step, label in markers(run.events, max(row["step"] for row in run.steps + run.evaluations)):
         panel.axvline(step, color="#666666", linestyle=":", linewidth=1.2)
-        panel.annotate(
-            label,
-            (step, 1.0),
-            xycoords=("data", "axes fraction"),
-            xytext=(0, 2),
-            textcoords="offset points",
-            ha="center",
-            va="bottom",
-            fontsize=9,
-            color="#444444",
-        )
+        where: dict[str, Any] = {"xycoords": ("data", "axes fraction"), "xytext": (0, 2)}
+        style: dict[str, Any] = {
+            "textcoords": "offset points",
+            "ha": "center",
+            "va": "bottom",
+            "fontsize": 9,
+            "color": "#444444",
+        }
+        panel.annotate(label, (step, 1.0), **where, **style)
     # The event numbers stand between panel and title.
     panel.set_title(panel.get_title(), pad=18 if run.events else 6)
     panel.grid(alpha=0.25)
     panel.spines[["top", "right"]].set_visible(False)
     panel.tick_params(labelbottom=True)
+    panel.locator_params(axis="x", integer=True)
     panel.xaxis.set_major_formatter(lambda value, _: f"{value:,.0f}")
     panel.set_xlabel("step", fontsize=9)
     if panel.get_legend_handles_labels()[0]:
@@ -251,34 +255,37 @@ def series(rows: list[dict[str, Any]], key: str) -> tuple[list[int], list[float]
 
 def png(figure: Figure) -> bytes:
     """The figure as PNG bytes."""
-    buffer = io.BytesIO()
-    figure.savefig(buffer, format="png")
+    figure.savefig(buffer := io.BytesIO(), format="png")
     return buffer.getvalue()
 
 
 def page(run: Run, picture: bytes) -> str:
-    """A page of its own: the curves, every evaluation under both protocols, and the events."""
-    head = "".join(f"<th>{name.replace('_r', ' R@').upper()}</th>" for name in RECALLS)
-    body = ""
-    for row in run.evaluations:
-        start = f"<tr><td>{row['step']:,}</td><td>{html.escape(str(row.get('epoch')))}</td>"
-        for protocol in ("standard", "rowwise"):
-            values = row.get(protocol, {})
-            cells = "".join(f"<td>{values[key]:.2f}</td>" if key in values else "<td></td>" for key in RECALLS)
-            body += f"{start}<td>{protocol}</td>{cells}</tr>\n"
-    notes = "".join(f"<li>{html.escape(event_note(*item))}</li>\n" for item in enumerate(run.events, 1))
+    """A page of its own: the curves, every evaluation under the protocols it has, and the events."""
+    notes = "<br>\n".join(html.escape(event_note(*item)) for item in enumerate(run.events, 1))
+    events = f"<h2>Unfreeze events</h2>\n<p>{notes}</p>\n" if notes else ""
     style = "body{font-family:sans-serif;margin:2em} td,th{padding:.2em .8em;text-align:right} img{max-width:100%}"
     return f"""<!doctype html>
 <html lang="en"><head><meta charset="utf-8"><title>{html.escape(run.name)}</title><style>{style}</style></head><body>
 <h1>{html.escape(run.name)}</h1>
 <img alt="curves of the run" src="data:image/png;base64,{base64.b64encode(picture).decode()}">
 <h2>Retrieval, %</h2>
-<table><tr><th>step</th><th>epoch</th><th>protocol</th>{head}</tr>
-{body}</table>
-<h2>Unfreeze events</h2>
-<ol>{notes}</ol>
-</body></html>
+{recall_table(run)}
+{events}</body></html>
 """
+
+
+def recall_table(run: Run) -> str:
+    """Every evaluation's recalls, a row for each protocol it has and a column for each recall that any of them has."""
+    rows = [(row, protocol) for row in run.evaluations for protocol in ("standard", "rowwise") if row.get(protocol)]
+    keys = [key for key in RECALLS if any(key in row[protocol] for row, protocol in rows)]
+    if not keys:
+        return "<p>no evaluation yet</p>"
+    head, body = "".join(f"<th>{name.replace('_r', ' R@').upper()}</th>" for name in keys), ""
+    for row, protocol in rows:
+        cells = "".join(f"<td>{row[protocol][key]:.2f}</td>" if key in row[protocol] else "<td></td>" for key in keys)
+        epoch = html.escape(str(row.get("epoch")))
+        body += f"<tr><td>{row['step']:,}</td><td>{epoch}</td><td>{protocol}</td>{cells}</tr>\n"
+    return f"<table><tr><th>step</th><th>epoch</th><th>protocol</th>{head}</tr>\n{body}</table>"
 
 
 def write(path: Path, content: bytes) -> None:

@@ -70,7 +70,7 @@ class ShardRecord:
 
     def _read(self, path: Path, is_journal: bool) -> None:
         try:
-            text = path.read_text(encoding="utf-8")
+            text = path.read_text(encoding="utf-8-sig")
             if is_journal:
                 # A killed run may have left half a last line: its shard is written again.
                 head, *entries = [json.loads(line) for line in text.splitlines(keepends=True) if line.endswith("\n")]

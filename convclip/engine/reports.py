@@ -37,10 +37,14 @@ def start_report(staged: StagedEngine, recipe: Recipe, steps_per_epoch: int, tot
     """Before the first step: what trains, and the arithmetic of the batch."""
     counts = parameter_counts(staged.engine.module, staged.trainable)
     micro, count = recipe.batch.per_rank(staged.world)
+    if recipe.batch.micro is None:
+        split, loss = f"micro batch {micro} x accumulation {count}", ""
+    else:
+        split, loss = f"{count} chunks of {micro} rows", ", with one loss"
     return [
         f"{recipe.name}: trainable visual {counts['visual']:,} text {counts['text']:,} total {counts['total']:,}",
-        f"micro batch {micro} x accumulation {count} x world {staged.world} = global batch "
-        f"{micro * count * staged.world}; {steps_per_epoch} steps per epoch, {total_steps} in all",
+        f"{split} x world {staged.world} = global batch {micro * count * staged.world}{loss}; "
+        f"{steps_per_epoch} steps per epoch, {total_steps} in all",
     ]
 
 

@@ -23,7 +23,7 @@ from convclip.engine.objective import ImageTextObjective, Losses
 from convclip.engine.plan.memory import made_up_batch
 from convclip.engine.stored.extraction import Extraction, expected_store, extract, verify
 from convclip.engine.stored.frozen import FrozenWork, recipe_views
-from convclip.evaluation.embedding import Encode, evaluate
+from convclip.evaluation.embedding import Encode, Encoder, evaluate
 from convclip.evaluation.report import format_table
 from convclip.evaluation.zero_shot import load_zero_shot_set, zero_shot_accuracy
 from convclip.features.reader import FeatureStore
@@ -192,17 +192,17 @@ class Retrieval:
 
     def __init__(self, recipe: Recipe, address: str) -> None:
         transform = EvalTransform(recipe.model.image.image_size)
-        self.recipe = recipe
+        self.recipe, self._explained = recipe, False
         self.dataset = load_evaluation_set(address, recipe.data, transform, build_tokenizer(recipe.model.text))
 
     def figures(self, encode: Encode, device: torch.device, dtype: torch.dtype) -> dict[str, Any]:
         """As Evaluation."""
-        batch, workers = self.recipe.evaluation.batch, self.recipe.data.workers
-        return evaluate(encode, self.dataset, self.recipe.model.image, device, dtype, batch, workers)
+        return evaluate(_encoder(self.recipe, encode, device, dtype), self.dataset)
 
     def table(self, figures: dict[str, Any]) -> str:
-        """As Evaluation."""
-        return format_table(figures)
+        """As Evaluation; the first one says what rowwise means."""
+        explained, self._explained = self._explained, True
+        return format_table(figures, explain=not explained)
 
     def start(self, encode: Encode, device: torch.device, dtype: torch.dtype) -> dict[str, Any] | None:
         """None: training may start from random heads, of which retrieval says nothing."""
@@ -223,8 +223,8 @@ class ZeroShot:
         """As Evaluation."""
         recipe = self.recipe
         transform, tokenizer = EvalTransform(recipe.model.image.image_size), build_tokenizer(recipe.model.text)
-        settings = (recipe.model.image, device, dtype, recipe.evaluation.batch, recipe.data.workers)
-        return zero_shot_accuracy(encode, self.classes, transform, tokenizer, *settings)
+        encoder = _encoder(recipe, encode, device, dtype)
+        return zero_shot_accuracy(encoder, self.classes, transform, tokenizer, recipe.data.max_image_pixels)
 
     def table(self, figures: dict[str, Any]) -> str:
         """As Evaluation."""
@@ -232,3 +232,7 @@ class ZeroShot:
             f"zero-shot, {figures['classes']} classes, {figures['images']} images: "
             f"top-1 {figures['top1']:.2f} top-5 {figures['top5']:.2f}"
         )
+
+
+def _encoder(recipe: Recipe, encode: Encode, device: torch.device, dtype: torch.dtype) -> Encoder:
+    return Encoder(encode, recipe.model.image, device, dtype, recipe.evaluation.batch, recipe.data.workers)

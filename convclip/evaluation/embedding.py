@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
+from dataclasses import dataclass
 from typing import Any, TypeVar
 
 import torch
@@ -22,57 +23,58 @@ Encode = Callable[..., Outputs]
 Given = TypeVar("Given")
 
 
+@dataclass(frozen=True)
+class Encoder:
+    """A model, and how an evaluation runs it: `batch` pictures (or videos) at a time, read by `workers` processes."""
+
+    encode: Encode
+    image_tower: ImageTowerConfig
+    device: torch.device
+    dtype: torch.dtype
+    batch: int = 128
+    workers: int = 0
+
+    def pixels(self, images: Tensor) -> Tensor:
+        """uint8 images [B, 3, S, S] as the image tower takes them: on the device, normalised, in `dtype`."""
+        moved = images.to(self.device, non_blocking=True)
+        return normalize(moved, self.image_tower.mean, self.image_tower.std, self.dtype)
+
+
 @torch.no_grad()
-def embed(
-    encode: Encode,
-    dataset: EvaluationSet,
-    image_tower: ImageTowerConfig,
-    device: torch.device,
-    dtype: torch.dtype,
-    batch: int = 128,
-    workers: int = 0,
-) -> Outputs:
+def embed(encoder: Encoder, dataset: EvaluationSet) -> Outputs:
     """Embeddings of all N images [N, D] and M captions [M, D], with the model's scale and bias, on every rank.
 
     Every rank runs the same number of batches, so that ZeRO-3's collectives stay in step.
     """
-    place = rank(), world_size(), batch
+    place = rank(), world_size(), encoder.batch
 
     def pictures(images: Tensor) -> Tensor:
-        pixels = normalize(images.to(device, non_blocking=True), image_tower.mean, image_tower.std, dtype)
-        features = encode(images=pixels).image
+        features = encoder.encode(images=encoder.pixels(images)).image
         assert features is not None  # of a tower that had input
         return features
 
-    image_batches = dataset.image_batches(*place, workers)
+    image_batches = dataset.image_batches(*place, encoder.workers)
     images = embed_rows(pictures, image_batches, len(dataset), "embedding images")
     scales: list[Outputs] = []
 
     def captions(texts: Tensor) -> Tensor:
-        outputs = encode(texts=texts.to(device, non_blocking=True))
+        outputs = encoder.encode(texts=texts.to(encoder.device, non_blocking=True))
         scales[:] = [outputs]
         assert outputs.text is not None  # of a tower that had input
         return outputs.text
 
-    texts = embed_rows(captions, dataset.text_batches(*place, workers), len(dataset.captions), "embedding texts")
+    text_batches = dataset.text_batches(*place, encoder.workers)
+    texts = embed_rows(captions, text_batches, len(dataset.captions), "embedding texts")
     return Outputs(images, texts, scales[0].logit_scale, scales[0].logit_bias, {})
 
 
-def evaluate(
-    encode: Encode,
-    dataset: EvaluationSet,
-    image_tower: ImageTowerConfig,
-    device: torch.device,
-    dtype: torch.dtype,
-    batch: int = 128,
-    workers: int = 0,
-) -> dict[str, Any]:
+def evaluate(encoder: Encoder, dataset: EvaluationSet) -> dict[str, Any]:
     """Figures of both protocols: {"standard", "rowwise", "val_loss", "images", "texts"}; the same on every rank.
 
-    The validation loss takes the captions in the set's order, `batch` at a time.
+    The validation loss takes the captions in the set's order, `encoder.batch` at a time.
     """
-    found = embed(encode, dataset, image_tower, device, dtype, batch, workers)
-    figures = _figures(found, dataset.image_of_text.to(found.logit_scale.device), batch) if is_main() else None
+    found = embed(encoder, dataset)
+    figures = _figures(found, dataset.image_of_text.to(found.logit_scale.device), encoder.batch) if is_main() else None
     # Scored once: ranks that share a machine's cores would only slow one another down.
     return gather_objects(figures)[0]
 

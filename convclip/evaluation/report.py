@@ -8,23 +8,25 @@ from typing import Any
 from convclip.evaluation.retrieval import KS
 
 WAYS = ("i2t", "t2i")
+ROWWISE = """\
+rowwise counts an image once per caption, and only that caption is right. With five captions each, rowwise
+I2T R@1 is a fifth of standard's, and rowwise T2I R@5 and R@10 are standard's T2I R@1 and R@2. Never compare
+a figure of one protocol with one of the other."""
 
 
-def format_table(figures: dict[str, Any]) -> str:
-    """Both protocols, each beside its chance level, as lines of text; `figures` is what `embedding.evaluate` gives."""
+def format_table(figures: dict[str, Any], explain: bool = True) -> str:
+    """Both protocols, each beside its chance level, as lines of text; `figures` is what `embedding.evaluate` gives.
+
+    `explain`: with what rowwise means, which a run says once.
+    """
     images, texts = figures["images"], figures["texts"]
     lines = [f"{images} images, {texts} captions, validation loss {figures['val_loss']:.4f}"]
     lines.append(header_line("protocol", WAYS, width=18))
     for protocol in ("standard", "rowwise"):
         lines.append(figures_line(protocol, figures[protocol], WAYS, width=18))
         lines.append(figures_line(f"{protocol} by chance", chance(protocol, images, texts), WAYS, width=18))
-    lines.append(
-        "rowwise counts an image once per caption, and only that caption is right. With five captions each, rowwise"
-    )
-    lines.append(
-        "I2T R@1 is a fifth of standard's, and rowwise T2I R@5 and R@10 are standard's T2I R@1 and R@2. Never compare"
-    )
-    lines.append("a figure of one protocol with one of the other.")
+    if explain:
+        lines.append(ROWWISE)
     return "\n".join(lines)
 
 

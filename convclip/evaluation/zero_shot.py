@@ -26,10 +26,9 @@ from convclip.data.evaluation_set import PADDING, FixedTransform
 from convclip.data.local_files import read_regular
 from convclip.data.samples import BrokenSample, decode_image
 from convclip.data.tokenizers import Tokenizer
-from convclip.data.transforms import normalize
 from convclip.distributed import gather, is_main, rank, world_size
-from convclip.evaluation.embedding import Encode
-from convclip.schema import MAX_PIXELS, ImageTowerConfig, UserError
+from convclip.evaluation.embedding import Encoder
+from convclip.schema import MAX_PIXELS, UserError
 
 SUFFIXES = {".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff"}
 
@@ -75,15 +74,10 @@ def load_zero_shot_set(folder: str | Path) -> ZeroShotSet:
 
 @torch.no_grad()
 def zero_shot_accuracy(
-    encode: Encode,
+    encoder: Encoder,
     dataset: ZeroShotSet,
     transform: FixedTransform,
     tokenizer: Tokenizer,
-    image_tower: ImageTowerConfig,
-    device: torch.device,
-    dtype: torch.dtype,
-    batch: int = 128,
-    workers: int = 0,
     max_pixels: int = MAX_PIXELS,
 ) -> dict[str, float]:
     """{"top1", "top5": percent, "images", "classes", "broken"}, the same on every rank; all ranks take part.
@@ -91,14 +85,15 @@ def zero_shot_accuracy(
     A picture is right within k when fewer than k other classes score as high as its own: ties and nan count as wrong.
     Pictures that cannot be decoded are left out and counted as `broken`.
     """
-    classes = class_embeddings(encode, dataset, tokenizer, device, batch)
+    device = encoder.device
+    classes = class_embeddings(encoder, dataset, tokenizer)
     right = torch.tensor(dataset.classes, device=device)
-    pictures = _Pictures(dataset.paths, transform, image_tower.image_size, max_pixels)
+    pictures = _Pictures(dataset.paths, transform, encoder.image_tower.image_size, max_pixels)
     better = torch.full((len(right),), PADDING, device=device)
-    for numbers, images in _progress(_dealt(pictures, len(right), batch, workers), "embedding pictures"):
-        pixels = normalize(images.to(device, non_blocking=True), image_tower.mean, image_tower.std, dtype)
+    batches = _dealt(pictures, len(right), encoder.batch, encoder.workers)
+    for numbers, images in _progress(batches, "embedding pictures"):
         numbers = gather(numbers.to(device))
-        features = encode(images=pixels).image
+        features = encoder.encode(images=encoder.pixels(images)).image
         assert features is not None  # of a tower that had input
         scores = gather(features.float()) @ classes.T
         real = numbers != PADDING
@@ -112,16 +107,15 @@ def zero_shot_accuracy(
     return {**accuracy, "images": len(whole), "classes": len(dataset.names), "broken": len(right) - len(whole)}
 
 
-def class_embeddings(
-    encode: Encode, dataset: ZeroShotSet, tokenizer: Tokenizer, device: torch.device, batch: int
-) -> Tensor:
+def class_embeddings(encoder: Encoder, dataset: ZeroShotSet, tokenizer: Tokenizer) -> Tensor:
     """[K, D] float32, unit length: the mean of each class's prompt embeddings; the prompts are dealt to the ranks."""
     prompts = dataset.prompts()
     rows = []
-    for numbers, tokens in _progress(_dealt(_Prompts(prompts, tokenizer), len(prompts), batch, 0), "embedding prompts"):
-        features = encode(texts=tokens.to(device)).text
+    batches = _dealt(_Prompts(prompts, tokenizer), len(prompts), encoder.batch, 0)
+    for numbers, tokens in _progress(batches, "embedding prompts"):
+        features = encoder.encode(texts=tokens.to(encoder.device)).text
         assert features is not None  # of a tower that had input
-        rows.append(gather(features.float())[gather(numbers.to(device)) != PADDING])
+        rows.append(gather(features.float())[gather(numbers.to(encoder.device)) != PADDING])
     of_class = torch.cat(rows).view(len(dataset.names), len(dataset.templates), -1)
     return F.normalize(of_class.mean(1), dim=1)
 
@@ -175,7 +169,7 @@ def _progress(batches: DataLoader, what: str) -> Iterable[Any]:
 
 def _lines(path: Path) -> list[str]:
     try:
-        text = path.read_text(encoding="utf-8")
+        text = path.read_text(encoding="utf-8-sig")
     except (OSError, UnicodeDecodeError) as error:
         raise UserError(f"{path} cannot be read: {error}") from None
     lines = [line.strip() for line in text.splitlines() if line.strip()]

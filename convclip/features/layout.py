@@ -1,4 +1,4 @@
-"""How a feature store lies on disk. Read by `features.py`, written by `feature_writer.py`.
+"""How a feature store lies on disk. Read by `reader.py`, written by `writer.py`.
 
 One HDF5 file (a "part") holds
     /identity        attributes: what made the features, one per key
@@ -28,6 +28,7 @@ import h5py
 import numpy as np
 import torch
 
+from convclip.features.identity import check_identity
 from convclip.files import publish
 from convclip.schema import UserError
 
@@ -254,17 +255,6 @@ def _read_joined(file: h5py.File, layout: Layout) -> None:
 
 def _joined_ids(parts: list[Layout], pieces: list[Piece], kind: str) -> np.ndarray:
     return np.concatenate([parts[number].ids[kind][start:stop] for number, start, stop in pieces])
-
-
-def check_identity(path: Path, found: Mapping[str, Any], wanted: Mapping[str, Any]) -> None:
-    """Raise UserError naming the first key of `wanted` whose value differs from the one in `found`, and both values."""
-    for key, value in wanted.items():
-        if key not in found:
-            raise UserError(f"{path}: does not say its {key}, which has to be {value!r}; extract again")
-        if found[key] != value:
-            raise UserError(
-                f"{path}: its {key} is {found[key]!r}, wanted is {value!r}; extract again, or use another file"
-            )
 
 
 def _plain(value: Any) -> Any:

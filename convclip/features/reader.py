@@ -17,8 +17,9 @@ from typing import Any
 import numpy as np
 import torch
 
+from convclip.features.identity import check_identity
 from convclip.features.ids import Ids, ItemIds, decode_id, decode_ids, encode_ids
-from convclip.features.layout import ArraySpec, Extent, check_identity, read_layout
+from convclip.features.layout import ArraySpec, Extent, read_layout
 from convclip.schema import UserError
 
 # A map counts towards a process's memory until it is let go; the data stay in the page cache.
@@ -28,7 +29,7 @@ _UNMAP_AFTER_BYTES = 2**30
 class FeatureStore:
     """A finished feature store, read-only; safe to fork, and opened anew where it is unpickled.
 
-    `expect` names identity values the store must have. Raises UserError naming key and both values where one differs,
+    `expect` names identity values the store must have. Raises UserError saying how it differs where one does,
     and for a file that is missing, not finished, truncated, damaged, or of another format version.
     """
 

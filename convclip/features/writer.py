@@ -21,12 +21,12 @@ from typing import Any
 import numpy as np
 import torch
 
+from convclip.features.identity import check_identity
 from convclip.features.ids import Ids, ItemIds, decode_id, decode_ids, encode_ids
 from convclip.features.layout import (
     ArraySpec,
     Layout,
     Piece,
-    check_identity,
     create_joined,
     create_part,
     estimate,

@@ -64,7 +64,7 @@ def load_export(folder: str | Path) -> tuple[DualTower, schema.Model]:
     """The model of an exported folder, in eval mode, and its configuration. Errors: UserError when it is no export."""
     path = Path(folder) / OUR_CONFIG
     try:
-        config = schema.Model.model_validate_json(path.read_text(encoding="utf-8"))
+        config = schema.Model.model_validate_json(path.read_text(encoding="utf-8-sig"))
     except (OSError, UnicodeDecodeError, ValidationError) as error:
         raise UserError(f"{path}: no model configuration of an export: {str(error).splitlines()[0]}") from None
     model = build_model(config)

@@ -207,7 +207,7 @@ def _refuse_quick_gelu(path: Path) -> None:
     if not config.is_file() or not path.name.startswith("open_clip"):
         return
     try:
-        quick = json.loads(config.read_text(encoding="utf-8"))["model_cfg"].get("quick_gelu", False)
+        quick = json.loads(config.read_text(encoding="utf-8-sig"))["model_cfg"].get("quick_gelu", False)
     except (ValueError, KeyError, TypeError, AttributeError):
         raise UserError(f"{config}: no valid open_clip configuration; repair it, or move the weights away") from None
     if quick:

@@ -121,7 +121,7 @@ def _statistics(folder: Path) -> tuple[tuple[float, ...], tuple[float, ...]]:
     file = folder / "preprocessor_config.json"
     if not file.is_file():
         return IMAGENET_MEAN, IMAGENET_STD
-    settings = json.loads(file.read_text(encoding="utf-8"))
+    settings = json.loads(file.read_text(encoding="utf-8-sig"))
     return tuple(settings.get("image_mean", IMAGENET_MEAN)), tuple(settings.get("image_std", IMAGENET_STD))
 
 

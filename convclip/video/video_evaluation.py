@@ -10,12 +10,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from convclip.data.transforms import normalize
 from convclip.distributed import gather_objects, is_main, rank, world_size
 from convclip.evaluation import report
-from convclip.evaluation.embedding import Encode, embed_rows
+from convclip.evaluation.embedding import Encoder, embed_rows
 from convclip.evaluation.retrieval import standard_recall
-from convclip.schema import ImageTowerConfig
 from convclip.video.clip_loader import VideoEvaluationSet
 from convclip.video.student import mean_pool
 
@@ -24,39 +22,30 @@ NAMES = {"standard": "aggregation", "mean_pool": "zero-shot mean pool"}
 
 
 @torch.no_grad()
-def evaluate_videos(
-    encode: Encode,
-    dataset: VideoEvaluationSet,
-    image_tower: ImageTowerConfig,
-    device: torch.device,
-    dtype: torch.dtype,
-    batch: int = 8,
-    workers: int = 0,
-    zero_shot: bool = False,
-) -> dict[str, Any]:
-    """{"standard": recalls, "videos": V, "texts": C}, the same on every rank; `batch` videos at a time.
+def evaluate_videos(encoder: Encoder, dataset: VideoEvaluationSet, zero_shot: bool = False) -> dict[str, Any]:
+    """{"standard": recalls, "videos": V, "texts": C}, the same on every rank; `encoder.batch` videos at a time.
 
     Each video's frames run once. With `zero_shot`, "mean_pool" are the recalls of the mean of the frames' embeddings.
     """
-    place = rank(), world_size(), batch
+    place, device = (rank(), world_size(), encoder.batch), encoder.device
 
     def videos(numbers: Tensor, frames: Tensor) -> Tensor:
-        pixels = normalize(frames.to(device, non_blocking=True).flatten(0, 1), image_tower.mean, image_tower.std, dtype)
+        pixels = encoder.pixels(frames.flatten(0, 1))
         counts = dataset.n_frames[numbers].to(device)
-        output = encode(pixels.unflatten(0, frames.shape[:2]), None, counts)
+        output = encoder.encode(pixels.unflatten(0, frames.shape[:2]), None, counts)
         assert output.image is not None  # of frames that were given
         return torch.stack([output.image, mean_pool(output.extras["frame_features"], counts)], dim=1).flatten(1)
 
     def captions(texts: Tensor) -> Tensor:
-        features = encode(None, texts.to(device, non_blocking=True)).text
+        features = encoder.encode(None, texts.to(device, non_blocking=True)).text
         assert features is not None  # of captions that were given
         return features
 
     count = len(dataset.split.video_ids)
-    pairs = ((numbers, (numbers, frames)) for numbers, frames in dataset.video_batches(*place, workers))
+    pairs = ((numbers, (numbers, frames)) for numbers, frames in dataset.video_batches(*place, encoder.workers))
     rows = embed_rows(lambda given: videos(*given), pairs, count, "embedding videos")
     aggregated, pooled = rows.unflatten(1, (2, -1)).unbind(1)
-    text_batches = dataset.text_batches(rank(), world_size(), 16 * batch, workers)
+    text_batches = dataset.text_batches(rank(), world_size(), 16 * encoder.batch, encoder.workers)
     texts = embed_rows(captions, text_batches, len(dataset.split.captions), "embedding captions")
     video_of_text = dataset.video_of_text.to(texts.device)
     figures = None

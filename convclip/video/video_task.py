@@ -12,7 +12,7 @@ from convclip.data.loader import EpochLoader
 from convclip.devices import on_accelerator
 from convclip.distributed import rank, world_size
 from convclip.engine.task import Parts
-from convclip.evaluation.embedding import Encode
+from convclip.evaluation.embedding import Encode, Encoder
 from convclip.features.reader import FeatureStore
 from convclip.models.dual_tower import DualTower, build_model
 from convclip.models.weights import LoadReport, load_pretrained
@@ -122,7 +122,8 @@ class VideoRetrieval:
         """As Evaluation; with `zero_shot` also the recalls of the mean pool."""
         recipe = self.recipe
         batch, workers = max(1, recipe.evaluation.batch // recipe.video_settings.frames), recipe.data.workers
-        return evaluate_videos(encode, self.dataset, recipe.model.image, device, dtype, batch, workers, zero_shot)
+        encoder = Encoder(encode, recipe.model.image, device, dtype, batch, workers)
+        return evaluate_videos(encoder, self.dataset, zero_shot)
 
     def table(self, figures: dict[str, Any]) -> str:
         """As Evaluation."""

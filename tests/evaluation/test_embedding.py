@@ -6,7 +6,7 @@ import torch
 from convclip import distributed
 from convclip.data.evaluation_set import load_evaluation_set
 from convclip.data.transforms import EvalTransform, normalize
-from convclip.evaluation.embedding import embed, evaluate
+from convclip.evaluation.embedding import Encoder, embed, evaluate
 from convclip.evaluation.retrieval import rowwise_recall, standard_recall, validation_loss
 from convclip.schema import Data, ImageTowerConfig
 from tests.evaluation.small_model import SIZE, WORDS, SmallModel, numbers_of, read_pictures, write_noise
@@ -28,9 +28,10 @@ def write_set(folder, images, captions):
 def embed_and_evaluate(address, batch):
     distributed.barrier()
     dataset, model = load_evaluation_set(address, Data(workers=0), EvalTransform(SIZE), numbers_of), SmallModel()
-    embedded = embed(model, dataset, ImageTowerConfig(), CPU, torch.float32, batch)
+    encoder = Encoder(model, ImageTowerConfig(), CPU, torch.float32, batch)
+    embedded = embed(encoder, dataset)
     batches, model.batches = model.batches, []
-    figures = evaluate(model, dataset, ImageTowerConfig(), CPU, torch.float32, batch)
+    figures = evaluate(encoder, dataset)
     assert model.batches == batches
     return [x.numpy() for x in embedded[:3]], batches, figures, torch.is_grad_enabled()
 

@@ -3,6 +3,7 @@
 import pytest
 import torch
 
+from convclip.engine.task import Retrieval
 from convclip.evaluation.report import chance, format_table
 from convclip.evaluation.retrieval import rowwise_recall, standard_recall
 
@@ -56,3 +57,12 @@ def test_chance_is_what_random_scores_have():
 def test_fewer_items_than_k():
     assert chance("standard", 3, 3)["t2i_r5"] == chance("rowwise", 3, 3)["i2t_r10"] == 100
     assert chance("standard", 2, 10)["i2t_r10"] == 100
+
+
+def test_what_rowwise_means_is_said_once_for_a_run():
+    figures = {"standard": recall(10.0), "rowwise": recall(40.0), "val_loss": 2.5, "images": 1000, "texts": 5000}
+    retrieval = Retrieval.__new__(Retrieval)
+    retrieval._explained = False
+    first, second = retrieval.table(figures), retrieval.table(figures)
+    assert "rowwise counts an image once per caption" in first and first.startswith(second)
+    assert "counts an image" not in second and "rowwise by chance" in second

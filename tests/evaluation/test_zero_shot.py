@@ -4,6 +4,7 @@ import pytest
 import torch
 
 from convclip.data.transforms import EvalTransform, normalize
+from convclip.evaluation.embedding import Encoder
 from convclip.evaluation.zero_shot import load_zero_shot_set, zero_shot_accuracy
 from convclip.schema import ImageTowerConfig, UserError
 from tests.evaluation.small_model import SIZE, SmallModel, numbers_of, read_pictures, write_noise
@@ -22,12 +23,11 @@ def write_set(folder, counts=(5, 4, 6, 5, 4, 3, 6)):
     return folder
 
 
-def accuracy_of(folder, batch, encode=None):
-    tower = ImageTowerConfig(image_size=SIZE)
+def accuracy_of(folder, batch, encode=None, **settings):
+    tower = ImageTowerConfig().model_copy(update={"image_size": SIZE})
     loaded, transform = load_zero_shot_set(folder), EvalTransform(SIZE)
-    return zero_shot_accuracy(
-        encode or SmallModel(), loaded, transform, numbers_of, tower, CPU, torch.float32, batch=batch
-    )
+    encoder = Encoder(encode or SmallModel(), tower, CPU, torch.float32, batch)
+    return zero_shot_accuracy(encoder, loaded, transform, numbers_of, **settings)
 
 
 @pytest.mark.parametrize("batch", [4, 100])
@@ -98,3 +98,17 @@ def test_a_plain_list_of_names(tmp_path):
     spoil(tmp_path, "classnames.txt", "class 1\nclass 0\n")
     loaded = load_zero_shot_set(tmp_path)
     assert loaded.names == ["class 1", "class 0"] and [path.parent.name for path in loaded.paths] == loaded.names
+
+
+def test_text_files_may_begin_with_a_byte_order_mark(tmp_path):
+    plain = load_zero_shot_set(write_set(tmp_path, (1, 1)))
+    for name in ("classnames.txt", "templates.txt"):
+        (tmp_path / name).write_text((tmp_path / name).read_text(), encoding="utf-8-sig")
+    assert load_zero_shot_set(tmp_path) == plain
+
+
+def test_pictures_beyond_the_recipes_limit_are_left_out(tmp_path):
+    folder = write_set(tmp_path, (2, 1))
+    assert accuracy_of(folder, 2, max_pixels=10**6)["broken"] == 0
+    with pytest.raises(UserError, match="none of the 3 pictures"):
+        accuracy_of(folder, 2, max_pixels=4)

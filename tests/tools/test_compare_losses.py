@@ -194,3 +194,26 @@ def test_bad_input_is_one_clear_line(tmp_path, capsys, text, message):
 def test_an_empty_folder_says_what_it_lacks(tmp_path, capsys):
     assert run(tmp_path, tmp_path) == 2
     assert "holds neither metrics.jsonl nor out.log" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("losses", "first"),
+    [
+        (lambda step: 2 * curve([step])[step], "batch.global, for the losses differ from the first compared step 1 on"),
+        (
+            lambda step: curve([step])[step] * (1.2 if step > 60 else 1.0),
+            "optim.lr and optim.warmup_steps, for the losses agree until step 60",
+        ),
+        (lambda step: math.nan if step > 40 else curve([step])[step], "optim.clip_grad_norm, the run's loss is not"),
+    ],
+)
+def test_a_fail_says_what_to_look_at_first(tmp_path, capsys, losses, first):
+    steps = range(1, 101)
+    for name, values in (("reference", curve(steps)), ("run", {step: losses(step) for step in steps})):
+        rows = [{"step": step, "loss": loss} for step, loss in values.items()]
+        (tmp_path / name).write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8-sig")
+    assert compare_losses.main([str(tmp_path / "reference"), str(tmp_path / "run")]) == 1
+    advice = capsys.readouterr().out.splitlines()[-1]
+    assert advice.startswith("look first at: ") and first in advice
+    assert compare_losses.main([str(tmp_path / "reference"), str(tmp_path / "reference")]) == 0
+    assert "look first" not in capsys.readouterr().out

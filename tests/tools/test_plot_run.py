@@ -209,3 +209,65 @@ def test_without_matplotlib_one_line_says_what_to_install(run_folder, monkeypatc
 
 def test_one_run_gives_one_picture(run_folder):
     assert plot_run.draw(plot_run.read_run(run_folder)) == plot_run.draw(plot_run.read_run(run_folder))
+
+
+def test_ticks_are_whole_steps_and_none_is_there_twice(run_folder, figures):
+    for count in (2, 3, 5):
+        plot_run.draw(plot_run.Run("short", [{**step_row(step), "lr": {}} for step in range(1, count + 1)], [], []))
+        panel = figures[-1].axes[0]
+        FigureCanvasAgg(figures[-1]).draw()
+        ticks = [label.get_text() for label in panel.get_xticklabels()]
+        assert len(set(ticks)) == len(ticks) > 1, ticks
+
+
+def test_spikes_do_not_flatten_the_rest_and_are_named(figures):
+    rows = [
+        {"step": step, "loss": 1 + 5 * math.exp(-step / 30), "loss_a": 0.1, "loss_b": 0.2} for step in range(1, 101)
+    ]
+    rows[70]["loss"], rows[80]["loss"] = 250.0, math.inf
+    plot_run.draw(plot_run.Run("spiky", rows, [], []))
+    panel = figures[0].axes[0]
+    bottom, top = panel.get_ylim()
+    assert -0.5 < bottom < 0.1 and 6 < top < 9
+    assert panel.get_title() == "loss (up to 250 at step 71)"
+    # Without one the range is the data's, all of it.
+    rows[70]["loss"] = rows[80]["loss"] = 1.5
+    plot_run.draw(plot_run.Run("smooth", rows, [], []))
+    assert figures[1].axes[0].get_title() == "loss" and figures[1].axes[0].get_ylim()[1] > rows[0]["loss"]
+
+
+def test_every_legend_entry_has_a_line_to_see(run_folder, figures):
+    """A group whose event opened it just now has one point, which no line shows; a small lr is not below the axis."""
+    rows = [{**step_row(step), "lr": {"image.decay": 1e-3, "temporal.decay": 1e-7}} for step in (10, 20)]
+    rows[1]["lr"]["text.event0.decay"] = 1e-4
+    plot_run.draw(plot_run.Run("run", rows, [{**EVENTS[0], "step": 10}], []))
+    lr = figures[0].axes[1]
+    lines = [line for line in lr.lines if not line.get_label().startswith("_")]
+    assert [line.get_label() for line in lines] == ["image", "temporal", "text (opened at 1)"]
+    bottom, top = lr.get_ylim()
+    for line in lines:
+        assert len(line.get_xdata()) > 1 or line.get_marker() == "."
+        assert all(bottom < rate < top for rate in line.get_ydata())
+    # Two ways with equal recalls: the one below is the wider.
+    plot_run.draw(plot_run.read_run(run_folder))
+    widths = [line.get_linewidth() for line in figures[1].axes[3].lines[:2]]
+    assert widths[0] > widths[1]
+
+
+def test_the_page_has_no_empty_columns_or_rows(run_folder):
+    videos = {f"{way}_r{k}": 10.0 * k for way in ("t2v", "v2t") for k in (1, 5)}
+    (run_folder / "eval.jsonl").write_text(json.dumps({"step": 50, "epoch": 4, "standard": videos}) + "\n")
+    page = plot_run.page(plot_run.read_run(run_folder), b"")
+    assert re.findall("<th>(.*?)</th>", page)[3:] == ["V2T R@1", "T2V R@1", "V2T R@5", "T2V R@5"]
+    assert page.count("<tr>") == 2 and "<td></td>" not in page
+    (run_folder / "eval.jsonl").unlink()
+    page = plot_run.page(plot_run.Run("bare", [step_row(10)], [], []), b"")
+    assert "<table>" not in page and "no evaluation yet" in page and "Unfreeze" not in page
+
+
+def test_a_byte_order_mark_is_no_matter(run_folder):
+    before = plot_run.read_run(run_folder)
+    for name in ("metrics.jsonl", "eval.jsonl"):
+        path = run_folder / name
+        path.write_text(path.read_text(), encoding="utf-8-sig")
+    assert plot_run.read_run(run_folder) == before

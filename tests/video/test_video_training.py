@@ -254,7 +254,7 @@ def test_mistakes_are_named(files, tmp_path):
         "missing store": ["nowhere.h5", "no such feature store"],
         "captions": ["1 captions differ", "'100'"],
         "live size": ["teacher.safetensors", "(4, 32, 8)", "(4, 32, 9)"],
-        "other towers": ["other.h5", "weights_sha256"],
+        "other towers": ["other.h5: made with other weights", "seed"],
         "not locked": ["no tower is locked"],
         "no data": ["data.train is not set", "--train_data"],
     }

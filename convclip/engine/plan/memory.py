@@ -270,6 +270,8 @@ def input_bytes(model: DualTower, recipe: Recipe, stage: Stage) -> tuple[int, in
     cut = frozen_cut(model, stage.trainable) if recipe.batch.micro else INPUT
     side, dtype = recipe.model.image.image_size, next(model.parameters()).dtype
     picture, tokens = torch.empty(1, 3, side, side, dtype=torch.uint8, device="meta"), longest_captions(recipe, 1)
+    # As for `map_shape`: one picture is too few for a batch norm in train mode.
+    model.eval()
     with torch.no_grad():
         frozen = model(picture.to(dtype), tokens, stop=cut)
     image, text = (sum(x.nbytes for x in tree_leaves(part)) for part in frozen)

@@ -79,7 +79,17 @@ class Extraction:
         count = self.views.count
         kinds = {spec.item_kind for spec in self.arrays.values()}
         views = np.concatenate([view_ids(data.image_ids, view, count) for view in range(count)])
+        for kind, items in (("image", data.image_ids), ("caption", data.caption_ids)):
+            self._refuse_equal(kind, items)
         return {kind: ids for kind, ids in (("view", views), ("caption", data.caption_ids.numpy())) if kind in kinds}
+
+    def _refuse_equal(self, kind: str, ids: Tensor) -> None:
+        values, counts = ids.unique(return_counts=True)
+        if (counts > 1).any():
+            raise UserError(
+                f"{self.recipe.data.train}: {kind} id {values[counts > 1][0]} occurs twice, and a feature store has "
+                f"one row for each: make them differ, or leave image_id and caption_ids out of the samples' JSON"
+            )
 
     def compute(self, data: EvaluationSet, kind: str, ids: np.ndarray) -> Iterator[ComputedRows]:
         """(ids, rows by array) of items of one kind, batch by batch."""

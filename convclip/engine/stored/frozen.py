@@ -114,7 +114,11 @@ def store_identity(
 @torch.no_grad()
 def map_shape(model: DualTower, size: int, boundary: int) -> tuple[int, ...]:
     """Shape (C, H, W) of what enters layer group `boundary` of the image tower; pictures are size x size pixels."""
+    training = model.training
+    # A batch norm in train mode refuses a single value per channel, as one picture's map of 1 x 1 has.
+    model.eval()
     image_map, _ = model(torch.zeros(1, 3, size, size, device=next(model.parameters()).device), stop=Cut(boundary))
+    model.train(training)
     return tuple(image_map.shape[1:])
 
 
@@ -164,5 +168,5 @@ def _teacher_width(recipe: Recipe) -> int:
     name = recipe.teacher.model
     file = Path(name.removeprefix("local-dir:")) / "open_clip_config.json"
     if name.startswith("local-dir:") and file.is_file():
-        return json.loads(file.read_text(encoding="utf-8"))["model_cfg"]["embed_dim"]
+        return json.loads(file.read_text(encoding="utf-8-sig"))["model_cfg"]["embed_dim"]
     return (open_clip.get_model_config(name) or {}).get("embed_dim", 0)

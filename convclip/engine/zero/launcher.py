@@ -31,10 +31,33 @@ def start_processes() -> None:
 
     if get_accelerator().device_name() != "cpu":
         get_accelerator().set_device(int(os.environ["LOCAL_RANK"]))
+    _announce_build()
     deepspeed.init_distributed(dist_backend=get_accelerator().communication_backend_name(), verbose=False)
     if local_size is not None:
         os.environ["LOCAL_SIZE"] = local_size
     atexit.register(_stop)
+
+
+def _announce_build() -> None:
+    """Say, on rank 0, that DeepSpeed is about to compile what it reduces tensors on a CPU with, if it is."""
+    import deepspeed.ops
+    from deepspeed.accelerator import get_accelerator
+
+    builder = get_accelerator().create_op_builder("ShareMemCommBuilder")
+    name = getattr(builder, "name", None)
+    if os.environ["RANK"] != "0" or name is None or not deepspeed.ops.__compatible_ops__.get(builder.NAME, False):
+        return
+    from deepspeed.git_version_info import installed_ops
+
+    if not installed_ops.get(name, False) and not (library := _extension_folder(name) / f"{name}.so").is_file():
+        print(f"compiling DeepSpeed's CPU extension, once for this machine: 30 to 60 s ({library})", flush=True)
+
+
+def _extension_folder(name: str) -> Path:
+    """Where torch keeps the extension of that name: it asks TORCH_EXTENSIONS_DIR first."""
+    from torch.utils.cpp_extension import _get_build_directory
+
+    return Path(_get_build_directory(name, False))
 
 
 def _stop() -> None:

@@ -53,6 +53,13 @@ def test_groups_of_a_stage_begin_with_those_of_the_stage_before():
     assert {group["lr_scale"] for group in third["groups"][len(first["groups"]) :]} == {0.1}
 
 
+def test_batch_norms_of_a_map_of_one_by_one_are_no_hindrance():
+    overrides = ["model.image.backbone=mobilenetv4_conv_small", "model.image.image_size=32", "batch.micro=32"]
+    events = ["freezing.unfreeze=[{tower: image, groups: 2, epoch: 1}]", "freezing.lock=[image]"]
+    plan = plan_recipe(load_recipe("tiny_cliptext_unfreeze", [*overrides, *events]))
+    assert len(plan["stages"]) == 2 and "image_map: 1280x1x1" in plan["storable"][0], plan["storable"]
+
+
 def test_event_beyond_the_end_is_said():
     (note,) = plan_recipe(load_recipe("base_absattn_headalign"))["notes"]
     assert "text all at epoch 10 is never reached" in note
