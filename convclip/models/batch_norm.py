@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -12,13 +12,15 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 from convclip.distributed import all_reduce_mean, world_size
 
+Model = TypeVar("Model", bound=nn.Module)
+
 
 def batch_norms(model: nn.Module) -> list[_BatchNorm]:
     """The batch norms of `model` that keep running statistics."""
     return [m for m in model.modules() if isinstance(m, _BatchNorm) and m.running_mean is not None]
 
 
-def to_precision(model: nn.Module, dtype: torch.dtype, device: torch.device | None = None) -> nn.Module:
+def to_precision(model: Model, dtype: torch.dtype, device: torch.device | None = None) -> Model:
     """`model.to(device, dtype)`, with the batch norms' running statistics in float32."""
     with float32_statistics(model):
         return model.to(device=device, dtype=dtype)
@@ -33,11 +35,12 @@ def float32_statistics(model: nn.Module) -> Iterator[None]:
     """
     norms = batch_norms(model)
     # Copies: a cast may change a buffer in place.
-    kept = [(norm.running_mean.float().clone(), norm.running_var.float().clone()) for norm in norms]
+    kept = [[value.float().clone() for value in _statistics(norm)] for norm in norms]
     yield
     for norm, (mean, variance) in zip(norms, kept, strict=True):
-        norm.running_mean, norm.running_var = mean.to(norm.running_mean.device), variance.to(norm.running_var.device)
-        norm.forward = _Float32Weights(norm)
+        device = _statistics(norm)[0].device
+        norm.running_mean, norm.running_var = mean.to(device), variance.to(device)
+        norm.forward = _Float32Weights(norm)  # type: ignore[method-assign, assignment]  # of this one module
 
 
 def average_running_statistics(model: nn.Module) -> None:
@@ -48,11 +51,16 @@ def average_running_statistics(model: nn.Module) -> None:
     norms = batch_norms(model)
     if world_size() == 1 or not norms:
         return
-    own = [value for norm in norms for value in (norm.running_mean, norm.running_var)]
+    own = [value for norm in norms for value in _statistics(norm)]
     mean = all_reduce_mean(torch.cat([value.float().flatten() for value in own]))
     with torch.no_grad():
         for value, shared in zip(own, mean.split([value.numel() for value in own]), strict=True):
             value.copy_(shared.view_as(value))
+
+
+def _statistics(norm: _BatchNorm) -> tuple[Tensor, Tensor]:
+    assert norm.running_mean is not None and norm.running_var is not None
+    return norm.running_mean, norm.running_var
 
 
 class _Float32Weights:
