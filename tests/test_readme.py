@@ -142,7 +142,7 @@ def test_coco_patterns_cover_the_data_set():
 @pytest.mark.parametrize("document", DOCUMENTS)
 def test_paths_in_the_text_exist(document):
     text = text_of(document)
-    folders = "convclip|ds_configs|launch|tools|tests|benchmarks|.ci"
+    folders = "convclip|ds_configs|launch|tools|tests|benchmarks|examples|.ci"
     named = set(re.findall(rf"`((?:{folders})/[\w./]*)`", text)) | set(re.findall(r"\]\((\w+(?:\.md)?)\)", text))
     named |= set(re.findall(r"`(\w+\.(?:md|txt|toml)|setup\.py|Makefile)`", text))
     assert named
