@@ -15,7 +15,7 @@ from convclip.engine.meters import logger
 from convclip.engine.plan.plan import make_plan
 from convclip.engine.task import ImageTextTask, Task
 from convclip.files import write_text, writing
-from convclip.models.batch_norm import to_precision
+from convclip.models.batch_norm import synchronised, to_precision
 from convclip.models.checkpoint_weights import checkpoint_path, load_weights, read_state
 from convclip.schema import Recipe
 from convclip.video.video_task import VideoTask
@@ -55,6 +55,8 @@ def train_recipe(
         task.extract(store, dtype)
     model, report = task.initial_model()
     parts = task.open(model, device, dtype, store)
+    if recipe.batch.sync_batch_norm:
+        model = synchronised(model)
     if recipe.activation_checkpointing:
         model.set_grad_checkpointing(True)
     trainer = Trainer(task, model, parts, config, evaluation, folder, checkpoint)

@@ -7,10 +7,13 @@ from contextlib import contextmanager
 from typing import Any, TypeVar
 
 import torch
+from timm.layers import convert_sync_batchnorm
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
+from convclip.devices import on_accelerator
 from convclip.distributed import all_reduce_mean, world_size
+from convclip.schema import UserError
 
 Model = TypeVar("Model", bound=nn.Module)
 
@@ -56,6 +59,16 @@ def average_running_statistics(model: nn.Module) -> None:
     with torch.no_grad():
         for value, shared in zip(own, mean.split([value.numel() for value in own]), strict=True):
             value.copy_(shared.view_as(value))
+
+
+def synchronised(model: Model) -> Model:
+    """`model` with batch norms that take the statistics of a step over all ranks. Errors: UserError on a CPU."""
+    if not on_accelerator():
+        raise UserError(
+            "batch.sync_batch_norm: torch synchronises batch norms on accelerators only; leave it out on a CPU "
+            "(running statistics are averaged over ranks in any case)"
+        )
+    return convert_sync_batchnorm(model)
 
 
 def _statistics(norm: _BatchNorm) -> tuple[Tensor, Tensor]:

@@ -25,6 +25,8 @@ class BatchConfig(Section):
     micro: Count | None = None
     # A chunked step keeps what the frozen parts of the towers gave, up to this much, instead of running them twice.
     keep_frozen_gib: float = Field(4.0, ge=0)
+    # Batch norms take a step's statistics over all ranks (accelerators only); without it over a rank's own rows.
+    sync_batch_norm: bool = False
 
     @model_validator(mode="after")
     def _fits_a_machine(self) -> BatchConfig:

@@ -10,7 +10,9 @@ from timm.layers import BatchNormAct2d
 from torch import nn
 
 from convclip import distributed
-from convclip.models.batch_norm import average_running_statistics, to_precision
+from convclip.models import batch_norm
+from convclip.models.batch_norm import average_running_statistics, synchronised, to_precision
+from convclip.schema import UserError
 from tests.worlds import run_in_world
 
 
@@ -49,3 +51,14 @@ def test_ranks_get_the_mean_of_their_statistics():
         torch.testing.assert_close(found, expected)
     assert torch.equal(results[0][1], results[1][1])
     assert torch.equal(*averaged())
+
+
+def test_synchronised_norms_keep_their_names_and_need_an_accelerator(monkeypatch):
+    model = nn.Sequential(nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8), BatchNormAct2d(8))
+    names = list(model.state_dict())
+    with pytest.raises(UserError, match=r"batch\.sync_batch_norm"):
+        synchronised(model)
+    monkeypatch.setattr(batch_norm, "on_accelerator", lambda: True)
+    found = synchronised(model)
+    assert list(found.state_dict()) == names
+    assert all(isinstance(norm, nn.SyncBatchNorm) for norm in found[1:])

@@ -119,7 +119,8 @@ def clamp_parameter(engine: DeepSpeedEngine, shards: Iterable[MasterShard], name
     parameter.data.clamp_(low, high)
     partition = getattr(parameter, "ds_tensor", None)
     if partition is not None:
-        partition.data.clamp_(max=high)
+        # This rank's part of it in stage 3; behind the end of it lies padding, which nobody reads.
+        partition.data.clamp_(low, high)
 
 
 def rank_of(group: torch.distributed.ProcessGroup) -> int:

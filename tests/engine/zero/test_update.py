@@ -15,6 +15,7 @@ from convclip.engine.stages.groups import training_stages
 from convclip.engine.steps import accumulated_step, chunked_step
 from convclip.engine.zero.build import build_engine, take_snapshot
 from convclip.engine.zero.ds_config import precision
+from convclip.engine.zero.masters import clamp_parameter, master_shards, write_masters
 from convclip.models.layer_groups import frozen_cut
 from tests.engine.small_engine import allow_fp16_on_cpu, run_ranks
 from tests.engine.small_steps import LR, chunks, ds_config, loss_of, masters, small_model, small_recipe
@@ -83,3 +84,24 @@ def test_an_infinite_gradient_changes_nothing_in_any_stage(tmp_path, world):
             continue
         assert updated == [True, False, True] and not changed, key
         assert all(torch.equal(weights[name], value) for name, value in without[0].items()), key
+
+
+def clamped_below() -> tuple[float, float]:
+    """(master, what the next forward sees) of a logit scale pushed below 0, in stage 3 with nothing held whole."""
+    recipe = small_recipe()
+    model = small_model(recipe)
+    values = {name: parameter.detach().clone() for name, parameter in model.named_parameters()}
+    config = ds_config(3)
+    config["zero_optimization"]["stage3_param_persistence_threshold"] = 0
+    engine = build_engine(model, training_stages(model, recipe)[0].groups, config, recipe.optim, values)
+    write_masters(engine, {"logit_scale": torch.full((1,), -0.5)})
+    clamp_parameter(engine, master_shards(engine), "logit_scale", 0.0, 4.6)
+    batch = next(chunks(0, config["train_micro_batch_size_per_gpu"], torch.float32))
+    with torch.no_grad():
+        seen = engine(*batch.model_inputs()).logit_scale.log().item()
+    return masters(engine, values)["logit_scale"].item(), seen
+
+
+@pytest.mark.launch
+def test_the_lower_clamp_reaches_the_copy_of_stage_3(tmp_path):
+    assert run_ranks(2, tmp_path / "out.pt", clamped_below) == (0.0, 0.0)
