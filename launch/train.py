@@ -41,6 +41,8 @@ def check_arguments(arguments: argparse.Namespace) -> None:
     for flag in ("json", "plot"):
         if getattr(arguments, flag) and not arguments.plan:
             raise UserError(f"--{flag} goes with --plan: add it, or leave --{flag} out")
+    if arguments.resume_other_data and arguments.resume == "never":
+        raise UserError("--resume_other_data goes with --resume: add --resume auto, or leave it out")
 
 
 def print_recipes() -> None:

@@ -47,7 +47,7 @@ def write_tensors(
 
 def checksum(tensor: Tensor) -> int:
     """CRC-32 of a contiguous CPU tensor's bytes."""
-    return zlib.crc32(memoryview(tensor.detach().reshape(-1).view(torch.uint8).numpy()))
+    return zlib.crc32(tensor.detach().reshape(-1).view(torch.uint8).numpy().data)
 
 
 class TensorFile:
