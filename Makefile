@@ -5,7 +5,7 @@ VENV ?= .venv
 RUN := PATH="$(abspath $(VENV))/bin:$$PATH"
 STAMP := $(VENV)/.installed
 
-.PHONY: demo test lint clean
+.PHONY: demo test test-full lint clean
 
 demo: $(STAMP)
 	rm -rf demo/data demo/shards demo/run
@@ -22,6 +22,10 @@ demo: $(STAMP)
 
 test: $(STAMP)
 	$(RUN) python -m pytest --numprocesses 2 --dist loadfile
+
+# Also what is marked `full`, which takes minutes more.
+test-full: $(STAMP)
+	CONVCLIP_FULL=1 $(RUN) python -m pytest --numprocesses 2 --dist loadfile
 
 lint: $(STAMP)
 	$(RUN) ruff check

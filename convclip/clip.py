@@ -27,7 +27,7 @@ from convclip.data.transforms import EvalTransform, normalize, stack_images
 from convclip.devices import PRECISIONS
 from convclip.models import DualTower, build_model
 from convclip.models.batch_norm import to_precision
-from convclip.models.checkpoint_weights import checkpoint_path, load_weights
+from convclip.models.checkpoint_weights import checkpoint_path, load_from
 from convclip.models.export import OUR_CONFIG, load_export
 from convclip.models.weights import HUB, load_exact
 from convclip.schema import Recipe, UserError
@@ -219,7 +219,7 @@ def _read(source: str | Path, recipe: str | Path | Recipe | None) -> tuple[DualT
         path = checkpoint_path(place)
         own = _image_text(load_recipe(path.parent.parent / "recipe.yaml"), path)
         model = build_model(own.model)
-        load_weights(model, path)
+        load_from(model, place)
         return model, own.model, own
     if not place.exists() and not str(source).startswith(HUB):
         raise UserError(f"{source}: no such file or folder; give a run's, a checkpoint's or an export's folder")

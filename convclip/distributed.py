@@ -6,13 +6,15 @@ Shape legend: B rows per rank, W world, R rank, ... any trailing axes. Every fun
 
 from __future__ import annotations
 
-from typing import Any, TypeAlias
+from collections.abc import Callable
+from typing import Any, TypeAlias, TypeVar, cast
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
 Group: TypeAlias = "dist.ProcessGroup | None"
+T = TypeVar("T")
 
 
 def rank(group: Group = None) -> int:
@@ -93,6 +95,38 @@ def gather_objects(value: Any, group: Group = None) -> list[Any]:
     values: list[Any] = [None] * world_size(group)
     dist.all_gather_object(values, value, group)
     return values
+
+
+def on_main(work: Callable[[], T]) -> T:
+    """`work()`, done by the main rank alone; every rank gets its value, or raises the exception that it raised.
+
+    What only one process may look at or write is decided so: no other waits for one that has given up.
+    """
+    if world_size() == 1:
+        return work()
+    value, error = _attempt(work) if is_main() else (None, None)
+    value, error = gather_objects((value, error))[0]
+    if error is not None:
+        raise error
+    return cast(T, value)
+
+
+def alike(work: Callable[[], T]) -> T:
+    """`work()` of every rank; where it raises on one, every rank raises, a rank that went well what the first did."""
+    if world_size() == 1:
+        return work()
+    value, error = _attempt(work)
+    errors = [raised for raised in gather_objects(error) if raised is not None]
+    if errors:
+        raise error if error is not None else errors[0]
+    return cast(T, value)
+
+
+def _attempt(work: Callable[[], T]) -> tuple[T | None, Exception | None]:
+    try:
+        return work(), None
+    except Exception as error:
+        return None, error
 
 
 def _ready() -> bool:

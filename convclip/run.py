@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import tempfile
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -10,13 +11,14 @@ from typing import Any
 from convclip.config import load_recipe
 from convclip.data.workers import plain_worker_errors
 from convclip.devices import PRECISIONS, current_device
-from convclip.distributed import barrier, is_main, world_size
+from convclip.distributed import alike, barrier, gather_objects, is_main, on_main, world_size
 from convclip.engine.meters import logger
 from convclip.engine.plan.plan import make_plan
 from convclip.engine.task import ImageTextTask, Task
 from convclip.files import write_text, writing
 from convclip.models.batch_norm import synchronised, to_precision
-from convclip.models.checkpoint_weights import checkpoint_path, load_weights, read_state
+from convclip.models.checkpoint_weights import RunState, checkpoint_path, load_from
+from convclip.models.dual_tower import DualTower
 from convclip.schema import Recipe
 from convclip.video.video_task import VideoTask
 
@@ -33,14 +35,19 @@ def plan_recipe(recipe: Recipe, ds_config: Mapping[str, Any] | None = None, worl
 
 @plain_worker_errors()
 def train_recipe(
-    recipe: Recipe, ds_config: str | Path, folder: str | Path, resume: str | Path = "never"
+    recipe: Recipe,
+    ds_config: str | Path,
+    folder: str | Path,
+    resume: str | Path = "never",
+    resume_other_data: bool = False,
 ) -> dict[str, Any]:
     """Train `recipe` in this process group and return the summary.
 
-    `resume`: never, auto, or the path of a checkpoint. Errors: UserError.
+    `resume`: never, auto, or the path of a checkpoint. With `resume_other_data` it may go on with other training data
+    than before: epochs, events and warm-up are then counted by the new steps per epoch. Errors: UserError.
     """
     # Here and not above: --plan and the tools do without DeepSpeed, whose import takes seconds.
-    from convclip.engine.run_folder import open_run_folder
+    from convclip.engine.run_folder import open_run_folder, refuse_other_data, take_up
     from convclip.engine.trainer import Trainer
     from convclip.engine.zero.ds_config import load_ds_config, precision, resolve_ds_config
 
@@ -48,19 +55,21 @@ def train_recipe(
     config = resolve_ds_config(load_ds_config(ds_config), recipe, world_size())
     device, dtype = current_device(), precision(config)
     evaluation = task.evaluation(recipe.data.val) if recipe.data.val else None
-    checkpoint = open_run_folder(folder, recipe, config, str(resume))
+    start = open_run_folder(folder, recipe, config, str(resume))
     store: str | Path | None = recipe.features.store
     if recipe.features.mode == "fill":
         store = folder / "features.h5"
         task.extract(store, dtype)
     model, report = task.initial_model()
     parts = task.open(model, device, dtype, store)
+    alike(lambda: refuse_other_data(start, parts.loader.fingerprint(), resume_other_data))
     if recipe.batch.sync_batch_norm:
         model = synchronised(model)
     if recipe.activation_checkpointing:
         model.set_grad_checkpointing(True)
-    trainer = Trainer(task, model, parts, config, evaluation, folder, checkpoint)
-    if checkpoint is None and report.new:
+    trainer = Trainer(task, model, parts, config, evaluation, folder, start)
+    take_up(folder, recipe, config, start)
+    if start.checkpoint is None and report.new:
         logger.info(f"newly initialised: {', '.join(report.new[:6])}{' …' if len(report.new) > 6 else ''}")
     logger.info(parts.loader.describe())
     summary = trainer.fit()
@@ -83,11 +92,14 @@ def evaluate_checkpoint(
     Any ZeRO stage and world size may have trained it. `zero_shot` is a folder of classnames.txt, templates.txt and a
     sub-folder of pictures for each class. Errors: UserError names what is missing or damaged.
     """
-    path, folder, data = checkpoint_path(place), Path(folder), str(data)
-    task = open_task(load_recipe(path.parent.parent / "recipe.yaml", overrides))
+    folder, data = Path(folder), str(data)
+    on_main(lambda: _open_output(folder))
+    # The run, not the checkpoint, is settled here: a run that trains meanwhile moves on.
+    run = on_main(lambda: checkpoint_path(place)).parent.parent
+    task = open_task(load_recipe(run / "recipe.yaml", overrides))
     classes = task.zero_shot(Path(zero_shot)) if zero_shot is not None else None
     model = task.build_model()
-    load_weights(model, path)
+    path, state = _load_alike(model, place)
     dtype, device = PRECISIONS[precision], current_device()
     model = to_precision(model, dtype, device).eval()
     evaluation = task.evaluation(data)
@@ -97,14 +109,11 @@ def evaluate_checkpoint(
         figures["zero_shot"] = classes.figures(model, device, dtype)
         table += f"\n{classes.table(figures['zero_shot'])}"
     if is_main():
-        state = read_state(path)
         print(_evaluated_as(precision, _precision_name(state.precision), overrides) + table)
-        row = {"checkpoint": str(path), "data": data, "precision": precision, "step": state.step, **figures}
-        if overrides:
-            row["overrides"] = list(overrides)
-        with writing(folder, "--output_dir"):
-            folder.mkdir(parents=True, exist_ok=True)
-        write_text(folder / "eval.jsonl", json.dumps(row) + "\n", "--output_dir")
+    row = {"checkpoint": str(path), "data": data, "precision": precision, "step": state.step, **figures}
+    if overrides:
+        row["overrides"] = list(overrides)
+    on_main(lambda: write_text(folder / "eval.jsonl", json.dumps(row) + "\n", "--output_dir"))
     return figures
 
 
@@ -124,3 +133,21 @@ def _evaluated_as(precision: str, trained: str, overrides: Sequence[str]) -> str
     if overrides:
         lines.append(f"with the recipe changed by {' '.join(f'--set {override}' for override in overrides)}")
     return "\n".join(lines) + "\n"
+
+
+def _open_output(folder: Path) -> None:
+    """Make the folder for eval.jsonl; CannotWrite before the work, not after it."""
+    with writing(folder, "--output_dir"):
+        folder.mkdir(parents=True, exist_ok=True)
+        if (folder / "eval.jsonl").is_dir():
+            raise IsADirectoryError(f"{folder / 'eval.jsonl'} is a folder")
+        with tempfile.TemporaryFile(dir=folder):
+            pass
+
+
+def _load_alike(model: DualTower, place: str | Path) -> tuple[Path, RunState]:
+    """Load the same checkpoint on every rank; its path and state. Errors: UserError on all of them."""
+    while True:
+        found = gather_objects(alike(lambda: load_from(model, place)))
+        if len({path for path, _ in found}) == 1:
+            return found[0]

@@ -21,6 +21,9 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--val_data", help="evaluation shards or a CSV file; without it nothing is evaluated")
     parser.add_argument("--output_dir", help="the run's folder")
     parser.add_argument("--resume", default="never", help="never (default), auto, or the path of a checkpoint")
+    parser.add_argument(
+        "--resume_other_data", action="store_true", help="with --resume: go on though the training data are others"
+    )
     add_overrides(parser)
     parser.add_argument("--list_recipes", action="store_true", help="print the recipes and stop")
     parser.add_argument("--plan", action="store_true", help="print what the recipe will do and stop")
@@ -38,6 +41,8 @@ def check_arguments(arguments: argparse.Namespace) -> None:
     for flag in ("json", "plot"):
         if getattr(arguments, flag) and not arguments.plan:
             raise UserError(f"--{flag} goes with --plan: add it, or leave --{flag} out")
+    if arguments.resume_other_data and arguments.resume == "never":
+        raise UserError("--resume_other_data goes with --resume: add --resume auto, or leave it out")
 
 
 def print_recipes() -> None:
@@ -73,7 +78,7 @@ def train(recipe: Recipe, arguments: argparse.Namespace) -> None:
     from convclip.run import train_recipe
 
     start_processes()
-    train_recipe(recipe, arguments.ds_config, Path(arguments.output_dir), arguments.resume)
+    train_recipe(recipe, arguments.ds_config, Path(arguments.output_dir), arguments.resume, arguments.resume_other_data)
 
 
 def main(arguments: argparse.Namespace) -> None:

@@ -88,3 +88,31 @@ def _group_of_one():
 
 def test_a_group_of_its_own():
     assert run_in_world(2, _group_of_one) == [(1, 0, True), (1, 0, True)]
+
+
+def _decisions():
+    """What one rank decides or fails at, all ranks learn: values, and the words of what was raised."""
+    own = distributed.rank()
+
+    def fails_on(ranks):
+        if own in ranks:
+            raise ValueError(f"rank {own}")
+        return own
+
+    found = [distributed.on_main(lambda: f"of {own}"), distributed.alike(lambda: own)]
+    for work in (
+        lambda: distributed.on_main(lambda: fails_on((0,))),
+        lambda: distributed.alike(lambda: fails_on((1,))),
+    ):
+        try:
+            work()
+        except ValueError as error:
+            found.append(str(error))
+    # The main rank alone is asked; an error is raised by all, so all go on together.
+    found.append(distributed.on_main(lambda: fails_on((1,))))
+    return found
+
+
+def test_what_one_rank_decides_all_learn():
+    assert run_in_world(2, _decisions) == [["of 0", own, "rank 0", "rank 1", 0] for own in (0, 1)]
+    assert distributed.on_main(lambda: 3) == distributed.alike(lambda: 3) == 3

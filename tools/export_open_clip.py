@@ -31,7 +31,7 @@ def export(options: argparse.Namespace) -> None:
     """Build the checkpoint's model, load it exactly, write the folder and say how to use it."""
     # Imported late: --help should not wait for torch.
     from convclip.models import build_model
-    from convclip.models.checkpoint_weights import checkpoint_path, load_weights
+    from convclip.models.checkpoint_weights import checkpoint_path, load_from
     from convclip.models.export import export_open_clip
     from convclip.models.weights import load_exact
 
@@ -40,7 +40,7 @@ def export(options: argparse.Namespace) -> None:
         recipe = load_recipe(path.parent.parent / "recipe.yaml", options.overrides)
         refuse_video(recipe, options.checkpoint)
         model = build_model(recipe.model)
-        load_weights(model, path)
+        load_from(model, options.checkpoint)
     else:
         recipe = load_recipe(options.recipe, options.overrides)
         refuse_video(recipe, options.checkpoint)

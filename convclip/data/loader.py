@@ -7,10 +7,13 @@ Shapes: B micro batch, S image side, T tokens.
 
 from __future__ import annotations
 
+import hashlib
+import json
 import logging
+import zlib
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from typing import Protocol, TypedDict
+from typing import Any, Protocol, TypedDict
 
 import numpy as np
 import torch
@@ -33,6 +36,8 @@ Transform = Callable[[Image.Image, np.random.Generator], torch.Tensor]
 AUGMENTATION, REPLACEMENT = 2, 3
 REPLACEMENTS = 20
 SAMPLES_BEFORE_STOP = 100
+# Images whose captions a checkpoint's fingerprint of the data is taken from.
+FINGERPRINTED = 64
 
 
 class Batch(TypedDict, total=False):
@@ -135,6 +140,19 @@ class EpochLoader:
             f"rows left out; {self.data.workers} workers per rank"
         )
 
+    def fingerprint(self) -> dict[str, Any]:
+        """What the stream is made from, for a checkpoint: counts, and a checksum of what orders an epoch."""
+        order = zlib.crc32(np.ascontiguousarray(self.source.counts).tobytes())
+        return {
+            "rows per epoch": self.rows_per_epoch,
+            "steps per epoch": self.steps_per_epoch,
+            "images or videos": len(self.source.counts),
+            "captions": int(self.source.counts.sum()),
+            "captions of each, and their shards (checksum)": zlib.crc32(
+                np.ascontiguousarray(self.source.shard).tobytes(), order
+            ),
+        }
+
     def epoch(self, epoch: int, start_step: int = 0, pixels: bool = True, text: bool = True) -> Iterator[Batch]:
         """This rank's micro batches of `epoch` from optimizer step `start_step` on, micro_per_step for each step.
 
@@ -208,6 +226,18 @@ class TrainLoader(EpochLoader):
         source = open_source(data.train, data)
         dataset = MicroBatches(source, data, transform, tokenizer, seed, views, teacher_tokenizer, stored)
         super().__init__(source, dataset, data, batch, rank, world, seed, pin_memory)
+        self.samples = source
+
+    def fingerprint(self) -> dict[str, Any]:
+        """As above, and the captions of some images: all of a large set take too long to read at every start."""
+        digest = hashlib.sha256()
+        for image in np.unique(np.linspace(0, len(self.samples.counts) - 1, FINGERPRINTED).astype(int)).tolist():
+            try:
+                found = self.samples.read_captions(image)
+            except BrokenSample:
+                continue
+            digest.update(json.dumps([found.image_id, found.texts, found.ids]).encode("ascii"))
+        return {**super().fingerprint(), "captions of a sample (checksum)": digest.hexdigest()[:16]}
 
 
 class _Plan:

@@ -13,8 +13,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from convclip.distributed import all_reduce_max, is_main
-from convclip.files import append_line
+from convclip.devices import current_device
+from convclip.distributed import all_reduce_max, gather_objects, is_main, on_main
+from convclip.files import CannotWrite, append_line, writing
 from convclip.schema import UserError
 
 try:
@@ -25,29 +26,50 @@ except ImportError:  # the `report` extra is not installed
 logger = logging.getLogger("convclip")
 
 
-class RunLog:
-    """The files and lines of one run."""
+class _LogFile(logging.FileHandler):
+    """train.log; a line that cannot be written is told by the next row, not by a traceback for each."""
 
-    def __init__(self, folder: Path, total_steps: int) -> None:
+    problem: OSError | None = None
+
+    def handleError(self, record: logging.LogRecord) -> None:
+        error = sys.exc_info()[1]
+        if isinstance(error, OSError):
+            self.problem = error
+        else:
+            super().handleError(record)
+
+
+class RunLog:
+    """The files and lines of one run.
+
+    `metrics`, `event` and `evaluation` are called on all ranks; where rank 0 cannot write, all raise CannotWrite.
+    """
+
+    def __init__(self, folder: Path, total_steps: int, first_step: int = 0) -> None:
+        """`first_step`: steps done before; what TensorBoard has of later ones is of a run that was cut short."""
         self.folder, self.total_steps = folder, total_steps
         self.main = is_main()
+        self._file: _LogFile | None = None
         logger.setLevel(logging.INFO if self.main else logging.ERROR)
         logger.propagate = False
         self._close_handlers()
         if self.main:
-            for handler in (logging.StreamHandler(sys.stdout), logging.FileHandler(folder / "train.log")):
+            with writing(folder / "train.log"):
+                self._file = _LogFile(folder / "train.log")
+            for handler in (logging.StreamHandler(sys.stdout), self._file):
                 handler.setFormatter(logging.Formatter("%(asctime)s %(message)s", "%H:%M:%S"))
                 logger.addHandler(handler)
-        self.board = SummaryWriter(folder / "tensorboard") if SummaryWriter is not None and self.main else None
+        self.board = None
+        if SummaryWriter is not None and self.main:
+            with writing(folder / "tensorboard"):
+                purge = first_step + 1 if first_step else 0
+                self.board = SummaryWriter(folder / "tensorboard", purge_step=purge)
         if self.main and SummaryWriter is None:
             logger.info("no TensorBoard files: pip install 'convclip[report]' to get them")
 
     def metrics(self, row: dict[str, Any]) -> None:
         """One training step's figures: a line of metrics.jsonl, TensorBoard scalars and a log line."""
-        if not self.main:
-            return
-        self._append("metrics.jsonl", row)
-        self._scalars("train", row, row["step"])
+        self._write("metrics.jsonl", row, {"train": row})
         extra = "".join(
             f" {key.removeprefix('loss_')} {value:.3f}"
             for key, value in row.items()
@@ -65,17 +87,13 @@ class RunLog:
 
     def event(self, row: dict[str, Any], line: str) -> None:
         """Something that happened between steps, such as an unfreeze event."""
-        if self.main:
-            self._append("metrics.jsonl", row)
-            logger.info(line)
+        self._write("metrics.jsonl", row, {})
+        logger.info(line)
 
     def evaluation(self, row: dict[str, Any], table: str) -> None:
         """One evaluation: a line of eval.jsonl, TensorBoard scalars and a printed table."""
-        if not self.main:
-            return
-        self._append("eval.jsonl", row)
-        for protocol in ("standard", "rowwise"):
-            self._scalars(f"eval_{protocol}", row.get(protocol, {}), row["step"])
+        scalars = {f"eval_{protocol}": row.get(protocol, {}) for protocol in ("standard", "rowwise")}
+        self._write("eval.jsonl", row, scalars)
         for line in table.splitlines():
             logger.info(line)
 
@@ -90,8 +108,30 @@ class RunLog:
             handler.close()
             logger.removeHandler(handler)
 
-    def _append(self, name: str, row: dict[str, Any]) -> None:
-        append_line(self.folder / name, json.dumps(row))
+    def has_evaluation(self, step: int) -> bool:
+        """Whether eval.jsonl has a row of this step, by rank 0; on all ranks."""
+        path = self.folder / "eval.jsonl"
+        return on_main(
+            lambda: path.is_file() and any(json.loads(line)["step"] == step for line in path.read_text().splitlines())
+        )
+
+    def _write(self, name: str, row: dict[str, Any], scalars: dict[str, dict[str, Any]]) -> None:
+        """A line of the file `name`, and what TensorBoard gets of it."""
+        problem = None
+        if self.main:
+            try:
+                append_line(self.folder / name, json.dumps(row))
+                with writing(self.folder / "tensorboard"):
+                    for prefix, values in scalars.items():
+                        self._scalars(prefix, values, row["step"])
+                if self._file is not None and self._file.problem is not None:
+                    with writing(self.folder / "train.log"):
+                        raise self._file.problem
+            except CannotWrite as error:
+                problem = error
+        # One number on the device in most cases: sending objects at every row would take longer.
+        if all_reduce_max(torch.tensor(float(problem is not None), device=current_device())):
+            raise next(found for found in gather_objects(problem) if found is not None)
 
     def _scalars(self, prefix: str, row: dict[str, Any], step: int) -> None:
         if self.board:

@@ -3,16 +3,33 @@
 from __future__ import annotations
 
 import json
+import os
+import secrets
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from convclip.config import UserError, load_recipe
-from convclip.distributed import barrier, is_main, world_size
+from pydantic import ValidationError
+
+from convclip.config import UserError, first_problem, load_recipe
+from convclip.distributed import on_main, world_size
+from convclip.documents import parse_yaml
+from convclip.engine.zero.checkpoint import remove_old
 from convclip.engine.zero.ds_config import precision, zero_stage
+from convclip.engine.zero.staged_engine import Start
 from convclip.files import write_text, writing
-from convclip.models.checkpoint_weights import read_state
+from convclip.models.checkpoint_weights import (
+    RunState,
+    best_checkpoint,
+    is_whole,
+    read_pointer,
+    read_state,
+    step_folders,
+    whole_checkpoints,
+)
 from convclip.schema import Recipe
 
+LOGS = ("metrics.jsonl", "eval.jsonl")
 # Recipe fields that a resumed run may change: they do not change what is computed.
 FREE_ON_RESUME = (
     "name",
@@ -32,51 +49,150 @@ FREE_ON_RESUME = (
 )
 
 
-def open_run_folder(folder: Path, recipe: Recipe, ds_config: dict[str, Any], resume: str) -> Path | None:
-    """Prepare `folder` and return the checkpoint to resume from, or None for a new run.
+def open_run_folder(folder: Path, recipe: Recipe, ds_config: dict[str, Any], resume: str) -> Start:
+    """Where the run in `folder` begins, on all ranks; `take_up` then makes the folder that run's.
 
-    `resume` is `never` (a new run; the folder may not hold another), `auto` (go on from `latest` where there is one)
-    or the path of a checkpoint. Errors: UserError when the folder holds a run that this would overwrite, or when the
-    recipe, world size, ZeRO stage or precision differs from what is being resumed.
+    `resume` is `never` (a new run; the folder may not hold another), `auto` (go on from `latest`, or the newest whole
+    checkpoint where that is lost) or the path of a checkpoint. Nothing in the folder is changed. Errors: UserError
+    when the folder holds a run that this would overwrite, or when the recipe, world size, ZeRO stage or
+    precision differs from what is being resumed.
     """
-    checkpoint = None
-    if resume == "auto" and (folder / "latest").is_file():
-        checkpoint = folder / (folder / "latest").read_text().strip()
-    elif resume not in ("auto", "never"):
-        checkpoint = Path(resume)
-    if checkpoint is None and (folder / "latest").is_file():
+    return on_main(lambda: _open(folder, recipe, ds_config, resume))
+
+
+def take_up(folder: Path, recipe: Recipe, ds_config: dict[str, Any], start: Start) -> None:
+    """Make the folder, on all ranks, that of the run which goes on from `start`: only now is anything in it replaced.
+
+    Both pointers come to say what the checkpoint says: a kill may have come between them, and it may be an older one.
+    That is done before rows are dropped: killed in between, the run goes on from here all the same.
+    """
+    on_main(lambda: _take_up(folder, recipe, ds_config, start))
+    if start.is_own:
+        # What a kill kept the last save from removing.
+        remove_old(folder, recipe.checkpoint.keep_last, later=False)
+
+
+def _take_up(folder: Path, recipe: Recipe, ds_config: dict[str, Any], start: Start) -> None:
+    write_text(folder / "recipe.yaml", recipe.to_yaml(), "--output_dir")
+    write_text(folder / "ds_config.json", json.dumps(ds_config, indent=2) + "\n", "--output_dir")
+    if start.checkpoint is not None and start.is_own:
+        write_text(folder / "latest", f"checkpoints/{start.checkpoint.name}\n")
+        best = best_checkpoint(folder, start.state)
+        if best is not None:
+            write_text(folder / "best", f"checkpoints/{best.name}\n")
+        else:
+            with writing(folder / "best"):
+                (folder / "best").unlink(missing_ok=True)
+    for name in LOGS:
+        text = _rows_until(folder / name, start)
+        if text is not None:
+            write_text(folder / name, text)
+
+
+def refuse_other_data(start: Start, data: dict[str, Any], accepted: bool) -> None:
+    """Take down what the training stream is made from; UserError where it differs from the checkpoint's, unless that
+    is `accepted`."""
+    # A checkpoint of 0.1.0 does not say.
+    then = start.state.data if start.checkpoint is not None else {}
+    different = [f"{key} {then[key]}, now {data.get(key)}" for key in then if then[key] != data.get(key)]
+    if different and not accepted:
+        raise UserError(
+            f"cannot resume, {start.checkpoint} was trained on other data: {'; '.join(different)}; give the same, or "
+            "add --resume_other_data: epochs, events and warm-up then follow the new steps per epoch"
+        )
+    if different:
+        start.notes.append(f"other training data than before (--resume_other_data): {'; '.join(different)}")
+    start.state.data = data
+
+
+def _open(folder: Path, recipe: Recipe, ds_config: dict[str, Any], resume: str) -> Start:
+    start = Start(RunState(0, 0, world_size(), zero_stage(ds_config), str(precision(ds_config))))
+    steps = step_folders(folder)
+    occupied = bool(steps) or os.path.lexists(folder / "latest")
+    if resume == "auto":
+        start.checkpoint = _newest(folder, occupied, start.notes)
+    elif resume == "never" and occupied:
         raise UserError(
             f"--output_dir {folder} holds another run: add --resume auto to go on with it, or name a new folder"
         )
-    if checkpoint is not None:
-        _refuse_other_recipe(checkpoint.parent.parent / "recipe.yaml", recipe)
-        _refuse_other_engine(checkpoint, world_size(), zero_stage(ds_config), str(precision(ds_config)))
-    if is_main():
-        with writing(folder, "--output_dir"):
-            folder.mkdir(parents=True, exist_ok=True)
-        write_text(folder / "recipe.yaml", recipe.to_yaml(), "--output_dir")
-        write_text(folder / "ds_config.json", json.dumps(ds_config, indent=2) + "\n", "--output_dir")
-        for name in ("metrics.jsonl", "eval.jsonl"):
-            _drop_after(folder / name, read_state(checkpoint).step if checkpoint else 0)
-    barrier()
-    return checkpoint
+    elif resume != "never":
+        # Absolute: `step-00000012`, said within checkpoints/, has its recipe two folders above.
+        start.checkpoint = Path(resume).absolute()
+    if start.checkpoint is not None:
+        beside = os.path.realpath(start.checkpoint.parent)
+        start.is_own = beside == os.path.realpath(folder / "checkpoints")
+        then = read_state(start.checkpoint)
+        if not start.is_own and occupied:
+            raise UserError(
+                f"--output_dir {folder} holds another run than --resume {start.checkpoint}: name a new folder"
+            )
+        _refuse_other_recipe(start.checkpoint, then, recipe)
+        _refuse_other_engine(start.checkpoint, then, start.state)
+        start.state = replace(then, format=start.state.format)
+    state = start.state
+    if not start.is_own or not state.run:
+        state.run = secrets.token_hex(8)
+    state.recipe = recipe.to_yaml()
+    if not start.is_own:
+        # Figures of a checkpoint that is not in this folder: the best of this folder is still to come.
+        state.best = {}
+    elif state.best and best_checkpoint(folder, state) is None:
+        start.notes.append(f"the best checkpoint, of step {state.best['step']}, is gone: the best is sought anew")
+        state.best = {}
+    for name in LOGS:
+        _rows_until(folder / name, start)
+    with writing(folder, "--output_dir"):
+        folder.mkdir(parents=True, exist_ok=True)
+    return start
 
 
-def _refuse_other_engine(checkpoint: Path, world: int, stage: int, dtype: str) -> None:
-    state = read_state(checkpoint)
-    for what, then, now in (
-        ("world size", state.world_size, world),
-        ("ZeRO stage", state.zero_stage, stage),
-        ("precision", state.precision, dtype),
+def _newest(folder: Path, occupied: bool, notes: list[str]) -> Path | None:
+    """What `auto` goes on from: `latest`, else the newest whole checkpoint; None in a folder without any."""
+    if not occupied:
+        notes.append(f"--resume auto: {folder} holds no checkpoint, this is a new run")
+        return None
+    latest = read_pointer(folder, "latest")
+    if latest is not None and is_whole(latest):
+        return latest
+    whole = whole_checkpoints(folder)
+    if not whole:
+        raise UserError(
+            f"--output_dir {folder} has no checkpoint that is whole, though it holds a run: put its files back, or "
+            "name a new folder"
+        )
+    what = "is lost or unreadable" if latest is None else f"names {latest.name}, which is not whole"
+    notes.append(f"{folder / 'latest'} {what}: going on from {whole[-1].name}, the newest whole checkpoint")
+    return whole[-1]
+
+
+def _refuse_other_engine(checkpoint: Path, then: RunState, now: RunState) -> None:
+    for what, before, present in (
+        ("world size", then.world_size, now.world_size),
+        ("ZeRO stage", then.zero_stage, now.zero_stage),
+        ("precision", then.precision, now.precision),
     ):
-        if then != now:
-            raise UserError(f"{checkpoint} was made with {what} {then}, this run has {now}: resume needs the same")
+        if before != present:
+            raise UserError(
+                f"{checkpoint} was made with {what} {before}, this run has {present}: resume needs the same"
+            )
 
 
-def _refuse_other_recipe(saved: Path, recipe: Recipe) -> None:
-    if not saved.is_file():
-        return
-    then, now = (_flatten(r.model_dump(mode="json", by_alias=True)) for r in (load_recipe(saved), recipe))
+def _refuse_other_recipe(checkpoint: Path, state: RunState, recipe: Recipe) -> None:
+    """Compare with the recipe that the checkpoint holds, or, of format 1, with the one in its run's folder."""
+    if state.recipe:
+        source = f"the recipe in {checkpoint}"
+        try:
+            saved = Recipe.model_validate(parse_yaml(state.recipe, source))
+        except ValidationError as error:
+            raise UserError(f"{source}: {first_problem(error, Recipe)}") from None
+    else:
+        source = str(checkpoint.parent.parent / "recipe.yaml")
+        if not Path(source).is_file():
+            raise UserError(
+                f"cannot resume, {source} is gone, and with it what {checkpoint} was trained by: put it back"
+            )
+        saved = load_recipe(source)
+    then, now = (_flatten(r.model_dump(mode="json", by_alias=True)) for r in (saved, recipe))
     different = [
         f"{key} was {then.get(key)}, is {now.get(key)}"
         for key in sorted(then.keys() | now.keys())
@@ -84,7 +200,7 @@ def _refuse_other_recipe(saved: Path, recipe: Recipe) -> None:
     ]
     if different:
         more = f" and {len(different) - 3} more" if len(different) > 3 else ""
-        raise UserError(f"cannot resume, the recipe differs from {saved}: {'; '.join(different[:3])}{more}")
+        raise UserError(f"cannot resume, the recipe differs from {source}: {'; '.join(different[:3])}{more}")
 
 
 def _flatten(values: Any, prefix: str = "") -> dict[str, Any]:
@@ -97,10 +213,30 @@ def _flatten(values: Any, prefix: str = "") -> dict[str, Any]:
     return flat
 
 
-def _drop_after(path: Path, step: int) -> None:
-    """Keep only the lines up to `step`: a resumed run writes the later ones again."""
-    if path.is_file():
-        lines = [
-            line for line in path.read_text().splitlines() if line.endswith("}") and json.loads(line)["step"] <= step
-        ]
-        write_text(path, "".join(line + "\n" for line in lines))
+def _rows_until(path: Path, start: Start) -> str | None:
+    """The rows of a log that a run keeps which goes on from `start`, for it writes the later ones again; None: no file.
+
+    An event at that very step comes again, before the next step. A torn last line is what a kill left. What the folder
+    has of another run, which came to no checkpoint, goes. Errors: UserError names a line that is no row.
+    """
+    try:
+        lines = path.read_bytes().splitlines()
+    except FileNotFoundError:
+        return None
+    except OSError as error:
+        raise UserError(f"{path} cannot be read: {error.strerror}") from None
+    kept: list[str] = []
+    if not start.is_own:
+        return ""
+    step = start.state.step
+    for number, line in enumerate(lines, start=1):
+        try:
+            row = json.loads(line)
+            at, is_unfreeze = int(row["step"]), row.get("event") == "unfreeze"
+        except (ValueError, TypeError, KeyError, AttributeError, RecursionError):
+            if number == len(lines):
+                break
+            raise UserError(f"{path}: line {number} is no row of a run: remove that line to go on") from None
+        if at < step or (at == step and not is_unfreeze):
+            kept.append(line.decode("utf-8") + "\n")
+    return "".join(kept)

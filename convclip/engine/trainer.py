@@ -12,7 +12,7 @@ from typing import Any
 import torch
 
 from convclip.data.loader import Batch
-from convclip.devices import current_device, on_accelerator
+from convclip.devices import RandomState, current_device, on_accelerator
 from convclip.engine.inputs import Reads
 from convclip.engine.meters import LossWatch, RunLog, StepClock, logger
 from convclip.engine.reports import start_report, step_figures, summary_report, unfreeze_report
@@ -20,7 +20,7 @@ from convclip.engine.stages.schedule import LearningRates
 from convclip.engine.steps import StepResult, accumulated_step, chunked_step
 from convclip.engine.task import DualTower, Evaluation, Parts, Task
 from convclip.engine.trial import estimate_report, try_full_step
-from convclip.engine.zero.staged_engine import StagedEngine
+from convclip.engine.zero.staged_engine import StagedEngine, Start
 
 
 class Trainer:
@@ -34,23 +34,25 @@ class Trainer:
         ds_config: Mapping[str, Any],
         evaluation: Evaluation | None,
         folder: Path,
-        checkpoint: Path | None = None,
+        start: Start,
     ) -> None:
-        """`model` as the task gives it. With a `checkpoint` the run goes on from there. Errors: UserError."""
+        """`model` as the task gives it; the run begins at `start`. Errors: UserError."""
         self.task, self.recipe, self.parts, self.evaluation, self.folder = task, task.recipe, parts, evaluation, folder
         self.steps_per_epoch = parts.loader.steps_per_epoch
         self.total_steps = int(min(self.steps_per_epoch * self.recipe.epochs, self.recipe.max_steps or math.inf))
-        self.log, self.clock = RunLog(folder, self.total_steps), StepClock()
+        self.log, self.clock = RunLog(folder, self.total_steps, start.state.step), StepClock()
         self.staged = StagedEngine(model, self.recipe, ds_config, self.steps_per_epoch, folder)
         self.losses = LossWatch(self.recipe.max_bad_steps, skips_are_normal=self.staged.dtype == torch.float16)
         self.rates = LearningRates(self.recipe, self.total_steps, self.staged.event_starts)
-        self.state = self.staged.load(checkpoint)
-        self._start(checkpoint)
+        self.state = start.state
+        self.staged.load(start)
+        self._start(start)
 
     def fit(self) -> dict[str, Any]:
         """Run to the last step and return the summary (also logged)."""
         started, first_step = time.perf_counter(), self.state.step
         self._evaluate_start()
+        self._evaluate_missing()
         batches = self._batches()
         while self.state.step < self.total_steps:
             self._open_due()
@@ -154,6 +156,18 @@ class Trainer:
         if problem:
             logger.warning(problem)
 
+    def _evaluate_missing(self) -> None:
+        """Where a run goes on, write the evaluation that is due there and was lost, or is only now asked for."""
+        if not self.state.step or not self._evaluation_due() or self.log.has_evaluation(self.state.step):
+            return
+        random = RandomState.now()
+        figures = self._evaluate()
+        # What comes after is to the bit what it would have been.
+        random.restore()
+        before = self.state.best
+        if self.state.take_best(figures["standard"]) and not self.staged.mark_best(self.state):
+            self.state.best = before
+
     @property
     def _epoch(self) -> int:
         """The epoch, counted from 0, that the last step done belongs to."""
@@ -176,9 +190,10 @@ class Trainer:
         return figures
 
     def _save_due(self) -> bool:
-        every = self.recipe.checkpoint
-        by_step = every.every_steps and self.state.step % every.every_steps == 0
-        return bool(by_step) or self._at_epoch_end(every.every_epochs)
+        """After every so many steps, at the end of every so many epochs, whichever it is, and after the last step."""
+        every, step = self.recipe.checkpoint, self.state.step
+        by_step = bool(every.every_steps) and step % every.every_steps == 0
+        return by_step or self._at_epoch_end(every.every_epochs) or step == self.total_steps
 
     def _save(self, figures: dict[str, Any] | None) -> None:
         """Save a checkpoint, move `latest`, and `best` where the mean standard R@1 is higher than ever."""
@@ -190,7 +205,7 @@ class Trainer:
         self.staged.save(self.state, is_best, self.recipe.checkpoint.keep_last)
         self.clock.reset()
 
-    def _start(self, checkpoint: Path | None) -> None:
+    def _start(self, start: Start) -> None:
         """Start the engine in stage 0, or where a checkpoint stands."""
         if on_accelerator() and self.task.estimates_memory:
             # Find out before the data starts whether a step of the run's largest stage fits.
@@ -198,9 +213,11 @@ class Trainer:
                 rows, _ = self.recipe.batch.per_rank(self.staged.world)
                 batch = self.task.trial_batch(self.parts.source, rows)
                 try_full_step(self.staged, self.recipe, batch, self._train_step)
-        self.staged.start(self.state, checkpoint)
-        if checkpoint is not None:
-            logger.info(f"resumed from {checkpoint}: {self.state.step} of {self.total_steps} steps done")
+        self.staged.start(start)
+        for note in start.notes:
+            logger.warning(note)
+        if start.checkpoint is not None:
+            logger.info(f"resumed from {start.checkpoint}: {self.state.step} of {self.total_steps} steps done")
         for line in start_report(self.staged, self.recipe, self.steps_per_epoch, self.total_steps):
             logger.info(line)
         logger.info(self.rates.describe())

@@ -1,4 +1,4 @@
-"""What a checkpoint holds of the model, read without DeepSpeed, for any ZeRO stage and number of ranks.
+"""What a checkpoint holds of the run and of the model, read without DeepSpeed, for any ZeRO stage and number of ranks.
 
 `convclip.engine.zero.checkpoint` writes checkpoints, says what lies where, and gives an engine its state back.
 """
@@ -6,24 +6,37 @@
 from __future__ import annotations
 
 import json
+import math
+import re
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
+from convclip.files import write_text
+from convclip.models.checkpoint_files import LOCKED, TensorFile, advice
 from convclip.schema import UserError
 
-FORMAT = 1
+FORMAT = 2
+# Format 1, of convclip 0.1.0, has no run, locked, recipe and data in its state, and no checksums.
+CHECKED_FORMAT = 2
+MAX_STATE_BYTES = 16 * 2**20
+STEP_FOLDER = re.compile(r"step-(\d{8,12})")
+# How often a reader looks again for the checkpoint that a pointer names: a run that saves moves on.
+LOOKS = 4
 
 
 @dataclass
 class RunState:
     """Where a run stands, live: optimizer steps done, the stage of the unfreeze schedule, the best figures so far; and
-    what its engine is. A checkpoint's state.json holds it."""
+    what its engine is. A checkpoint's state.json holds it.
+
+    `run` identifies the run, `locked` the file of locked weights that its checkpoints belong to, `recipe` is its recipe
+    as YAML, and `data` says what its training stream was made from.
+    """
 
     step: int
     stage: int
@@ -32,6 +45,10 @@ class RunState:
     precision: str
     best: dict[str, float] = field(default_factory=dict)
     format: int = FORMAT
+    run: str = ""
+    locked: str = ""
+    recipe: str = ""
+    data: dict[str, Any] = field(default_factory=dict)
 
     def take_best(self, recalls: Mapping[str, float]) -> bool:
         """Whether these standard recalls have the highest mean R@1 so far; they are `best` then."""
@@ -42,40 +59,57 @@ class RunState:
         self.best = {"mean_r1": score, "step": self.step, **recalls}
         return True
 
+    def origin(self, rank: int) -> dict[str, Any] | None:
+        """What the file of a rank says that it belongs to; None where it says nothing."""
+        return {"run": self.run, "step": self.step, "rank": rank} if self.format >= CHECKED_FORMAT else None
+
 
 def read_state(path: str | Path) -> RunState:
-    """The `state.json` of a checkpoint folder; UserError where it is no checkpoint of this format."""
+    """The `state.json` of a checkpoint folder; UserError where it is no checkpoint of a known format."""
+    file = Path(path) / "state.json"
     try:
-        state = RunState(**json.loads((Path(path) / "state.json").read_text()))
-    except (OSError, ValueError, TypeError) as error:
-        raise UserError(f"{path} is not a convclip checkpoint: {error}") from None
-    if state.format != FORMAT:
-        raise UserError(f"{path} has checkpoint format {state.format}, this convclip reads {FORMAT}")
+        if file.stat().st_size > MAX_STATE_BYTES:
+            raise ValueError(f"{file.name} has more than {MAX_STATE_BYTES} bytes")
+        values = json.loads(file.read_text(encoding="utf-8"))
+        found = values.get("format") if isinstance(values, dict) else None
+        if isinstance(found, int) and found not in (1, FORMAT):
+            raise UserError(f"{path} has checkpoint format {found}, this convclip reads 1 to {FORMAT}: use a newer one")
+        state = RunState(**values)
+        _check_types(state)
+    except (OSError, ValueError, TypeError, RecursionError) as error:
+        raise UserError(f"{path} is not a convclip checkpoint: {error}; {advice(Path(path))}") from None
     return state
+
+
+def write_state(path: Path, state: RunState) -> None:
+    """Write the `state.json` of a checkpoint folder, whole or not at all. Errors: CannotWrite."""
+    write_text(path / "state.json", json.dumps(asdict(state), indent=1))
 
 
 def read_weights(path: str | Path) -> dict[str, Tensor]:
     """Full fp32 weights and buffers of a checkpoint, by name, put together from all ranks' pieces on the CPU.
 
-    Works for any ZeRO stage and world size, without DeepSpeed. Errors: UserError names a missing or damaged file.
+    Works for any ZeRO stage and world size, without DeepSpeed. Errors: UserError names a missing or damaged file, one
+    of another step or run, and one with values that are not finite.
     """
     path = Path(path)
     state = read_state(path)
-    with open_tensors(path.parent / "locked.safetensors") as file:
-        weights = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
+    locked = TensorFile(path.parent / LOCKED, {"identity": state.locked} if state.locked else None)
+    weights = {key: locked.get(key) for key in locked.keys}
     trained: dict[str, Tensor] = {}
+    filled: dict[str, int] = {}
     for number in range(1 if state.zero_stage == 0 else state.world_size):
-        with open_tensors(path / rank_file(number)) as file:
-            layout = json.loads(file.metadata()["layout"])
-            for index, pieces in enumerate(layout["shards"]):
-                flat = file.get_tensor(f"{index}/master").view(-1)
-                for name, start, offset, length in pieces:
-                    if name not in trained:
-                        trained[name] = torch.empty(layout["shapes"][name])
-                    trained[name].view(-1)[start : start + length] = flat[offset : offset + length]
-            if number == 0:
-                keys = [key for key in file.keys() if key.startswith("buffer/")]  # noqa: SIM118
-                weights.update({key.removeprefix("buffer/"): file.get_tensor(key) for key in keys})
+        file = TensorFile(path / rank_file(number), state.origin(number))
+        try:
+            _put_together(file, trained, filled)
+        except (KeyError, TypeError, ValueError, IndexError, RuntimeError) as error:
+            raise file.wrong_layout(error) from None
+        if number == 0:
+            buffers = [key for key in file.keys if key.startswith("buffer/")]
+            weights.update({key.removeprefix("buffer/"): file.get(key) for key in buffers})
+    short = [name for name, tensor in trained.items() if filled[name] != tensor.numel()]
+    if short:
+        raise UserError(f"{path} does not hold all of {short[0]}: {advice(path)}")
     return {**weights, **trained}
 
 
@@ -98,15 +132,79 @@ def load_weights(model: nn.Module, path: str | Path) -> None:
     model.load_state_dict(weights)
 
 
+def load_from(model: nn.Module, place: str | Path) -> tuple[Path, RunState]:
+    """Load the weights of the checkpoint meant by `place` (see `checkpoint_path`); its path and state.
+
+    A run that trains meanwhile may remove a checkpoint while it is read: the one that the run names then is taken.
+    """
+    for look in range(LOOKS):
+        path = checkpoint_path(place)
+        try:
+            load_weights(model, path)
+            return path, read_state(path)
+        except UserError:
+            if look == LOOKS - 1 or (path.exists() and checkpoint_path(place) == path):
+                raise
+    raise AssertionError("the last look returns or raises")
+
+
 def checkpoint_path(place: str | Path) -> Path:
     """The checkpoint meant by `place`: a checkpoint folder, or a run folder (its `best`, else its `latest`)."""
-    place = Path(place)
+    # `step-00000012`, said within checkpoints/, has its recipe two folders above.
+    place = Path(place).absolute()
     if (place / "state.json").is_file():
         return place
     for pointer in ("best", "latest"):
         if (place / pointer).is_file():
-            return place / (place / pointer).read_text().strip()
+            found = read_pointer(place, pointer)
+            if found is None:
+                names = ", ".join(path.name for path in whole_checkpoints(place)) or "none is there"
+                raise UserError(f"{place / pointer} does not name a checkpoint: give one of checkpoints/ ({names})")
+            return found
     raise UserError(f"{place} holds no checkpoint: give a run's folder, or one of its checkpoints/step-XXXXXXXX")
+
+
+def read_pointer(run_folder: Path, name: str) -> Path | None:
+    """The checkpoint that `latest` or `best` names; None where the pointer is lost or unreadable."""
+    try:
+        with open(run_folder / name, "rb") as file:
+            text = file.read(200).decode("ascii").strip()
+    except (OSError, ValueError):
+        return None
+    folder, _, step = text.partition("/")
+    return run_folder / text if folder == "checkpoints" and STEP_FOLDER.fullmatch(step) else None
+
+
+def best_checkpoint(run_folder: Path, state: RunState) -> Path | None:
+    """The checkpoint that is the run's best by `state`; None where that knows of none, or it is not there."""
+    step = state.best.get("step")
+    path = None if step is None else run_folder / "checkpoints" / f"step-{int(step):08d}"
+    return path if path is not None and path.is_dir() else None
+
+
+def step_folders(run_folder: Path) -> list[Path]:
+    """Folders of a run's checkpoints, whole or not, by step."""
+    found = [path for path in (run_folder / "checkpoints").glob("step-*") if STEP_FOLDER.fullmatch(path.name)]
+    return sorted(found, key=step_of)
+
+
+def step_of(path: Path) -> int:
+    """The step in the name of a checkpoint's folder."""
+    return int(path.name.removeprefix("step-"))
+
+
+def whole_checkpoints(run_folder: Path) -> list[Path]:
+    """Those that can be read as far as their names and their state tell, by step."""
+    return [path for path in step_folders(run_folder) if is_whole(path)]
+
+
+def is_whole(path: Path) -> bool:
+    """Whether a checkpoint's state can be read and all its files are there."""
+    try:
+        state = read_state(path)
+    except UserError:
+        return False
+    return all((path / rank_file(number)).is_file() for number in range(state.world_size))
 
 
 def rank_file(number: int) -> str:
@@ -114,9 +212,29 @@ def rank_file(number: int) -> str:
     return f"rank-{number:05d}.safetensors"
 
 
-def open_tensors(path: Path) -> Any:
-    """A handle on a checkpoint's safetensors file; UserError where it is missing or damaged."""
-    try:
-        return safe_open(path, framework="pt")
-    except (OSError, SafetensorError) as error:
-        raise UserError(f"{path} is missing or damaged ({error}): resume from another checkpoint") from None
+def _put_together(file: TensorFile, trained: dict[str, Tensor], filled: dict[str, int]) -> None:
+    """Lay a rank's pieces of the trained parameters into `trained`; `filled` counts the values of each."""
+    shapes = file.layout["shapes"]
+    for index, pieces in enumerate(file.layout["shards"]):
+        flat = file.get(f"{index}/master").view(-1)
+        for name, start, offset, length in pieces:
+            if name not in trained:
+                trained[name], filled[name] = torch.empty(shapes[name]), 0
+            trained[name].view(-1)[start : start + length] = flat[offset : offset + length]
+            filled[name] += length
+
+
+def _check_types(state: RunState) -> None:
+    """ValueError names the first field of another type, or of a value that cannot be."""
+    example = RunState(0, 0, 1, 0, "")
+    for known in fields(RunState):
+        value, wanted = getattr(state, known.name), type(getattr(example, known.name))
+        if not isinstance(value, wanted) or isinstance(value, bool):
+            raise ValueError(f"its {known.name} is a {type(value).__name__}, not a {wanted.__name__}")
+    if min(state.step, state.stage) < 0 or not 1 <= state.world_size <= 10**6 or state.zero_stage not in range(4):
+        raise ValueError("its step, stage, world_size or zero_stage cannot be")
+    figures = list(state.best.values())
+    if not all(isinstance(x, int | float) and math.isfinite(x) for x in figures) or (
+        figures and "step" not in state.best
+    ):
+        raise ValueError("its best figures are not numbers")

@@ -2,121 +2,206 @@
 
 `checkpoints/step-00001000/` holds `rank-00000.safetensors` … (masters, optimizer state, random state, buffers, and
 where each piece of each parameter stands) and `state.json`. It is written as `….part`, renamed by rank 0 after every
-rank has written, and only then does `latest` move. Weights that do not train at the start of the run are written once,
-to `checkpoints/locked.safetensors`. `convclip.models.checkpoint_weights` reads the weights back, without DeepSpeed.
+rank has written, and only then do `latest` and `best` move. Weights that do not train at the start of the run are
+written once, to `checkpoints/locked.safetensors`. `convclip.models.checkpoint_weights` reads the weights back, without
+DeepSpeed; `convclip.models.checkpoint_files` has the checksums.
 """
 
 from __future__ import annotations
 
+import contextlib
 import json
+import os
 import shutil
 from collections.abc import Iterable, Mapping
-from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 from deepspeed import DeepSpeedEngine
-from safetensors import SafetensorError
-from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from convclip.config import UserError
 from convclip.devices import RandomState
-from convclip.distributed import barrier, gather_objects, is_main, rank
+from convclip.distributed import alike, gather_objects, is_main, on_main, rank
 from convclip.engine.zero.build import OptimizerSnapshot, restore_snapshot, take_snapshot
 from convclip.engine.zero.masters import is_replicated, master_shards
-from convclip.files import CannotWrite, publish, whole_file, write_text, writing
-from convclip.models.checkpoint_weights import RunState, open_tensors, rank_file
+from convclip.files import CannotWrite, publish, write_text, writing
+from convclip.models.checkpoint_files import LOCKED, TensorFile, write_tensors
+from convclip.models.checkpoint_weights import (
+    RunState,
+    best_checkpoint,
+    rank_file,
+    read_pointer,
+    read_state,
+    step_folders,
+    step_of,
+    write_state,
+)
 
 
-def save_locked(model: nn.Module, trainable: set[str], folder: Path) -> None:
-    """Write the fp32 weights of the parameters that do not train at the start, once, to `folder`/locked.safetensors."""
-    # The main rank alone looks for the file: seen by a rank that comes late, it would keep that one from the barrier.
-    if is_main() and not (folder / "locked.safetensors").is_file():
+def save_locked(model: nn.Module, trainable: set[str], folder: Path, run: str = "") -> str:
+    """Write the fp32 weights of the parameters that do not train at the start, once, to `folder`/locked.safetensors,
+    over what another run left there; returns what identifies the file, for the state of this run's checkpoints.
+
+    Errors: UserError on every rank, of a file that cannot be written and of a weight that is not finite.
+    """
+    locked = {n: p.detach().cpu().contiguous() for n, p in model.named_parameters() if n not in trainable}
+    bad = next((name for name, value in locked.items() if not value.isfinite().all()), None)
+    if bad is not None:
+        raise UserError(f"{bad} of the model to train has values that are not finite: check its pretrained weights")
+
+    def write() -> str:
         with writing(folder):
             folder.mkdir(parents=True, exist_ok=True)
-        locked = {n: p.detach().cpu().contiguous() for n, p in model.named_parameters() if n not in trainable}
-        # safetensors cannot read back a file that has neither tensors nor metadata, as where nothing is locked.
-        _write_tensors(locked, folder / "locked.safetensors", {"content": "locked"})
-    barrier()
+        return write_tensors(locked, folder / LOCKED, {"run": run, "content": "locked"})
+
+    return on_main(write)
 
 
 def save_checkpoint(engine: DeepSpeedEngine, folder: Path, state: RunState) -> Path:
-    """Save to `folder`/step-XXXXXXXX on all ranks and return it; UserError on every rank when one cannot write."""
+    """Save to `folder`/step-XXXXXXXX on all ranks and return it.
+
+    Errors: UserError on every rank when one cannot write, or has a value that is not finite; nothing is touched then.
+    """
     target = folder / f"step-{state.step:08d}"
     part = target.with_name(target.name + ".part")
-    if is_main():
-        for stale in (part, target):
-            shutil.rmtree(stale, ignore_errors=True)
+    _refuse_not_finite(engine, state.step)
+
+    def clear() -> None:
         with writing(part):
+            if part.exists():
+                shutil.rmtree(part)
             part.mkdir(parents=True)
-    barrier()
+
+    on_main(clear)
     problem = None
     try:
-        _save_rank(engine, part / rank_file(rank()))
+        _save_rank(engine, part / rank_file(rank()), state)
         if is_main():
-            write_text(part / "state.json", json.dumps(asdict(state), indent=1))
+            write_state(part, state)
     except (OSError, CannotWrite) as error:
         problem = f"rank {rank()} cannot write checkpoint {part}: {error}"
     problems = [found for found in gather_objects(problem) if found]
     if problems:
         raise UserError(problems[0])
-    if is_main():
+
+    def show() -> None:
         with writing(target):
+            # One of that step is there where a run goes on from an older checkpoint, or was killed before `latest`.
+            _remove_folder(target)
             publish(part, target)
-    barrier()
+
+    on_main(show)
     return target
 
 
 def load_checkpoint(engine: DeepSpeedEngine, path: Path) -> None:
-    """Give `engine` (built for the checkpoint's stage) the optimizer state, counters, buffers and random state."""
-    shards = master_shards(engine)
-    own = path / rank_file(rank())
-    source = path / rank_file(0) if is_replicated(engine) else own
-    with open_tensors(source) as file:
-        layout = json.loads(file.metadata()["layout"])
-        expected = [_layout(shard.pieces) for shard in shards]
-        if layout["shards"] != json.loads(json.dumps(expected)):
-            raise UserError(f"{source}: its parameter groups are not those of this model and recipe")
-        masters = [file.get_tensor(f"{index}/master") for index in range(len(shards))]
-        # A checkpoint of 0.1.0 has no "state_values": all of its state was tensors.
-        values = layout.get("state_values", [{}] * len(shards))
-        states = [
-            {**values[index], **{key: file.get_tensor(f"{index}/{key}") for key in layout["state_keys"][index]}}
-            for index in range(len(shards))
-        ]
-    restore_snapshot(engine, OptimizerSnapshot(masters, states, layout["scaler"], layout["counters"]))
-    with open_tensors(own) as file:
-        buffers = _buffers(engine.module)
-        for key in file.keys():  # noqa: SIM118 - a safetensors handle is not a mapping
-            if key.startswith("buffer/"):
-                buffers[key.removeprefix("buffer/")].data.copy_(file.get_tensor(key))
-        on_device = "random/device" in file.keys()  # noqa: SIM118
-        RandomState(file.get_tensor("random/cpu"), file.get_tensor("random/device") if on_device else None).restore()
+    """Give `engine` (built for the checkpoint's stage) the optimizer state, counters, buffers and random state.
+
+    Errors: UserError on every rank, of a file that is missing, damaged, or of another step, run or model.
+    """
+    snapshot, buffers, random = alike(lambda: _read_rank(engine, path))
+    restore_snapshot(engine, snapshot)
+    own = _buffers(engine.module)
+    for name, value in buffers.items():
+        own[name].data.copy_(value)
+    random.restore()
 
 
 def move_pointer(run_folder: Path, name: str, target: Path) -> None:
-    """Point `latest` or `best` of a run at a whole checkpoint; rank 0 only does anything."""
-    if is_main():
-        write_text(run_folder / name, f"{target.relative_to(run_folder)}\n")
+    """Point `latest` or `best` of a run at a whole checkpoint, on all ranks. Errors: CannotWrite on all of them."""
+    on_main(lambda: write_text(run_folder / name, f"{target.relative_to(run_folder)}\n"))
 
 
-def remove_old(run_folder: Path, keep_last: int) -> None:
-    """Delete all but the `keep_last` newest checkpoints and the best one, and what a killed save left behind."""
-    if not is_main():
+def remove_old(run_folder: Path, keep_last: int, later: bool = True) -> None:
+    """Delete what the run has no more use for, and what a killed save left behind; on all ranks.
+
+    Kept are the `keep_last` newest checkpoints up to `latest`, the best one by what `latest` says of itself, and what
+    the pointers name. `later` ones than `latest`, of a run that was taken up again from before them, go with the first
+    save after that: until then it may have been a mistake.
+    """
+    on_main(lambda: _remove_old(run_folder, keep_last, later))
+
+
+def _remove_old(run_folder: Path, keep_last: int, later: bool) -> None:
+    latest = read_pointer(run_folder, "latest")
+    if latest is None:
         return
     folder = run_folder / "checkpoints"
     for stale in folder.glob("step-*.part"):
         shutil.rmtree(stale, ignore_errors=True)
-    for stale in folder.glob("locked.safetensors.*part"):
-        stale.unlink(missing_ok=True)
-    kept = {(run_folder / p).read_text().strip() for p in ("best", "latest") if (run_folder / p).is_file()}
-    for path in sorted(folder.glob("step-*"))[:-keep_last]:
-        if str(path.relative_to(run_folder)) not in kept:
-            shutil.rmtree(path, ignore_errors=True)
+    for stale in folder.glob(f"{LOCKED}.*part"):
+        with contextlib.suppress(OSError):
+            stale.unlink()
+    state, found = read_state(latest), step_folders(run_folder)
+    kept = {latest, read_pointer(run_folder, "best"), best_checkpoint(run_folder, state)}
+    kept.update([path for path in found if step_of(path) <= state.step][-keep_last:])
+    for path in found:
+        if path not in kept and (later or step_of(path) <= state.step):
+            _remove_folder(path)
 
 
-def _save_rank(engine: DeepSpeedEngine, path: Path) -> None:
+def _remove_folder(path: Path) -> None:
+    """Remove a checkpoint if it is there; under another name first, so that nobody finds a part of it."""
+    away = path.with_name(path.name + ".old.part")
+    shutil.rmtree(away, ignore_errors=True)
+    if path.exists():
+        os.replace(path, away)
+        shutil.rmtree(away, ignore_errors=True)
+
+
+def _refuse_not_finite(engine: DeepSpeedEngine, step: int) -> None:
+    """UserError on every rank where masters, optimizer state or buffers of one are infinite or not a number."""
+    snapshot, found = take_snapshot(engine), None
+    for shard, master, state in zip(master_shards(engine), snapshot.masters, snapshot.states, strict=True):
+        for what, value in (("", master), *state.items()):
+            if found is None and isinstance(value, Tensor) and not _is_finite(value):
+                found = f"{what} {shard.pieces[0].parameter if shard.pieces else ''} …".strip()
+    bad = [name for name, value in _buffers(engine.module).items() if not _is_finite(value)]
+    problems = [problem for problem in gather_objects(found or (bad[0] if bad else None)) if problem]
+    if problems:
+        raise UserError(
+            f"stopped at step {step}, and not saved: {problems[0]} has values that are not finite; resume from the "
+            f"last checkpoint with a lower optim.lr, set optim.clip_grad_norm, or use bf16 or fp32"
+        )
+
+
+def _is_finite(value: Tensor) -> bool:
+    return not value.is_floating_point() or bool(value.isfinite().all())
+
+
+def _read_rank(engine: DeepSpeedEngine, path: Path) -> tuple[OptimizerSnapshot, dict[str, Tensor], RandomState]:
+    """What this rank's files of a checkpoint hold: optimizer, buffers by name, and the random state."""
+    state, shards = read_state(path), master_shards(engine)
+    own = TensorFile(path / rank_file(rank()), state.origin(rank()))
+    file = TensorFile(path / rank_file(0), state.origin(0)) if is_replicated(engine) else own
+    try:
+        layout = file.layout
+        expected = [_layout(shard.pieces) for shard in shards]
+        if layout["shards"] != json.loads(json.dumps(expected)):
+            raise UserError(f"{file.path}: its parameter groups are not those of this model and recipe")
+        masters = [file.get(f"{index}/master") for index in range(len(shards))]
+        # A checkpoint of 0.1.0 has no "state_values": all of its state was tensors.
+        values = layout.get("state_values", [{}] * len(shards))
+        states = [
+            {**values[index], **{key: file.get(f"{index}/{key}") for key in layout["state_keys"][index]}}
+            for index in range(len(shards))
+        ]
+        snapshot = OptimizerSnapshot(masters, states, dict(layout["scaler"]), dict(layout["counters"]))
+    except (KeyError, TypeError, IndexError, AttributeError) as error:
+        raise file.wrong_layout(error) from None
+    known = _buffers(engine.module)
+    keys = {key.removeprefix("buffer/"): key for key in own.keys if key.startswith("buffer/")}
+    wrong = [name for name in keys if name not in known]
+    buffers = {name: own.get(key) for name, key in keys.items() if name in known}
+    wrong += [name for name, value in buffers.items() if value.shape != known[name].shape]
+    if wrong:
+        raise UserError(f"{own.path}: its buffer {wrong[0]} is not one of this model")
+    device = own.get("random/device") if "random/device" in own.keys else None
+    return snapshot, buffers, RandomState(own.get("random/cpu"), device)
+
+
+def _save_rank(engine: DeepSpeedEngine, path: Path, run: RunState) -> None:
     snapshot = take_snapshot(engine)
     shards = master_shards(engine)
     tensors = {f"buffer/{name}": value.detach().cpu().contiguous() for name, value in _buffers(engine.module).items()}
@@ -140,7 +225,7 @@ def _save_rank(engine: DeepSpeedEngine, path: Path) -> None:
         "scaler": snapshot.scaler,
         "counters": snapshot.counters,
     }
-    _write_tensors(tensors, path, {"layout": json.dumps(layout)})
+    write_tensors(tensors, path, run.origin(rank()) or {}, layout)
 
 
 def _buffers(model: nn.Module) -> dict[str, Tensor]:
@@ -156,11 +241,3 @@ def _tensor_keys(state: Mapping[str, Any]) -> list[str]:
 
 def _layout(pieces: Iterable[Any]) -> list[list[Any]]:
     return [[piece.parameter, piece.start, piece.offset, piece.length] for piece in pieces]
-
-
-def _write_tensors(tensors: Mapping[str, Tensor], path: Path, metadata: dict[str, str]) -> None:
-    with whole_file(path) as part:
-        try:
-            save_file(dict(tensors), part, metadata=metadata)
-        except SafetensorError as error:  # Its name for a full disk.
-            raise CannotWrite(f"{path} cannot be written: {error}") from None

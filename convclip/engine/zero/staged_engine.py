@@ -4,24 +4,35 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Iterator, Mapping
-from dataclasses import replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 import torch
 from deepspeed import DeepSpeedEngine
 
-from convclip.distributed import rank, world_size
+from convclip.distributed import alike, on_main, rank, world_size
 from convclip.engine.stages.groups import Stage, event_starts, training_stages
 from convclip.engine.zero.build import build_engine, dismantle, rebuild_engine
 from convclip.engine.zero.checkpoint import load_checkpoint, move_pointer, remove_old, save_checkpoint, save_locked
-from convclip.engine.zero.ds_config import precision, zero_stage
+from convclip.engine.zero.ds_config import precision
 from convclip.engine.zero.masters import clamp_parameter, master_shards
 from convclip.models.batch_norm import average_running_statistics
-from convclip.models.checkpoint_weights import RunState, load_weights, read_state
+from convclip.models.checkpoint_weights import RunState, load_weights, read_state, write_state
 from convclip.models.dual_tower import Cut, DualTower
 from convclip.models.layer_groups import frozen_cut
-from convclip.schema import Recipe
+from convclip.schema import Recipe, UserError
+
+
+@dataclass
+class Start:
+    """Where a run begins: the state it has there, the checkpoint that this is from (None for a new run), whether
+    that `is_own`, in the run's folder, and what the log should say of how it was found."""
+
+    state: RunState
+    checkpoint: Path | None = None
+    is_own: bool = False
+    notes: list[str] = field(default_factory=list)
 
 
 class StagedEngine:
@@ -59,16 +70,19 @@ class StagedEngine:
         """The optimizer's groups, with `name`, `lr` and `lr_scale`; the trainer sets lr before every step."""
         return self.engine.optimizer.param_groups
 
-    def load(self, checkpoint: Path | None) -> RunState:
-        """Weights of a checkpoint, if any, and where its run stands; a new run stands at step 0."""
-        state = RunState(0, 0, self.world, zero_stage(self.ds_config), str(self.dtype))
+    def load(self, begin: Start) -> None:
+        """Weights of the checkpoint, if any; the state learns which locked weights belong to the run.
+
+        Errors: UserError on every rank.
+        """
+        state, checkpoint = begin.state, begin.checkpoint
         if checkpoint is not None:
-            state = read_state(checkpoint)
-            load_weights(self._model, checkpoint)
-        save_locked(self._model, self.stages[0].trainable, self.folder / "checkpoints")
+            alike(lambda: load_weights(self._model, checkpoint))
+        # What is locked is written by a run that begins in its folder: one of an earlier run there is not this one's.
+        if not begin.is_own:
+            state.locked = save_locked(self._model, self.stages[0].trainable, self.folder / "checkpoints", state.run)
         ever = self.stages[-1].trainable
         self._unopened = {n: p.detach().clone().cpu() for n, p in self._model.named_parameters() if n in ever}
-        return state
 
     @contextlib.contextmanager
     def trial(self, total_steps: int) -> Iterator[None]:
@@ -77,8 +91,15 @@ class StagedEngine:
         yield
         dismantle(self.engine)
 
-    def start(self, state: RunState, checkpoint: Path | None) -> None:
-        """Build the engine for the stage of `state`, with all that a checkpoint has of the optimizer."""
+    def start(self, begin: Start) -> None:
+        """Build the engine for the stage of the run's state, with all that a checkpoint has of the optimizer."""
+        state, checkpoint = begin.state, begin.checkpoint
+        # With other data, steps per epoch and so the starts of the stages are others.
+        if state.stage >= len(self.stages) or state.step < self.starts[state.stage]:
+            raise UserError(
+                f"cannot resume at step {state.step}: stage {state.stage} of the unfreeze schedule, open by then, "
+                "would now begin later or not at all; resume from a checkpoint before that event, or with the same data"
+            )
         self._build(state.stage)
         self._unopened = {n: value for n, value in self._unopened.items() if n not in self.trainable}
         torch.manual_seed(self.recipe.seed + rank())
@@ -114,10 +135,26 @@ class StagedEngine:
         """
         average_running_statistics(self._model)
         path = save_checkpoint(self.engine, self.folder / "checkpoints", replace(state, stage=self.stage))
+        # In this order: whoever reads a pointer in between finds a checkpoint that is there.
         move_pointer(self.folder, "latest", path)
         if is_best:
             move_pointer(self.folder, "best", path)
         remove_old(self.folder, keep_last)
+
+    def mark_best(self, state: RunState) -> bool:
+        """Make the checkpoint resumed from say that it is the best; False where it is not in this run's folder."""
+        path = self.folder / "checkpoints" / f"step-{state.step:08d}"
+
+        def mark() -> bool:
+            if not path.is_dir():
+                return False
+            write_state(path, replace(read_state(path), best=state.best))
+            return True
+
+        marked = on_main(mark)
+        if marked:
+            move_pointer(self.folder, "best", path)
+        return marked
 
     def _build(self, stage: int) -> None:
         self.stage = stage

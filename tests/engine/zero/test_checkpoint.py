@@ -147,22 +147,22 @@ def test_damaged_checkpoints_are_named(tmp_path):
 
 def killed_save(folder: str) -> None:
     """A rank that dies while it writes its part of the second checkpoint."""
-    from convclip.engine.zero import checkpoint
     from convclip.engine.zero.checkpoint import move_pointer, save_checkpoint, save_locked
+    from convclip.models import checkpoint_files
     from convclip.models.checkpoint_weights import RunState
 
     run = Path(folder) / "run"
     save_locked(SmallModel(), {"third.weight", "third.bias", "logit_scale"}, run / "checkpoints")
     _, engine = deepspeed_run(ds_config(2), steps=3)
     move_pointer(run, "latest", save_checkpoint(engine, run / "checkpoints", RunState(3, 0, 1, 2, "fp32")))
-    whole = checkpoint.save_file
+    whole = checkpoint_files.save_file
 
     def half_then_die(tensors, path, metadata):
         whole(tensors, path, metadata=metadata)
         os.truncate(path, os.path.getsize(path) // 2)
         os.kill(os.getpid(), signal.SIGKILL)
 
-    checkpoint.save_file = half_then_die
+    checkpoint_files.save_file = half_then_die
     save_checkpoint(engine, run / "checkpoints", RunState(4, 0, 1, 2, "fp32"))
 
 

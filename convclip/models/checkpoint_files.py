@@ -1,0 +1,106 @@
+"""A checkpoint's safetensors files: each says whose it is, and has a checksum of every tensor, verified when read.
+
+Files of format 1 (convclip 0.1.0) have neither; of them only what cannot be right at all is refused.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import zlib
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+from convclip.files import CannotWrite, whole_file
+from convclip.schema import UserError
+
+LOCKED = "locked.safetensors"
+# The checksum of the layout stands among those of the tensors.
+LAYOUT = "layout"
+
+
+def write_tensors(
+    tensors: Mapping[str, Tensor], path: Path, origin: Mapping[str, Any], layout: Mapping[str, Any] | None = None
+) -> str:
+    """Write contiguous CPU tensors whole or not at all, and return what identifies them: a hash of their checksums.
+
+    `origin` says whose they are (run, step, rank), `layout` what lies where. Errors: CannotWrite.
+    """
+    text = json.dumps(layout)
+    sums = {LAYOUT: zlib.crc32(text.encode()), **{name: checksum(tensor) for name, tensor in tensors.items()}}
+    table = json.dumps(sums, sort_keys=True)
+    identity = hashlib.sha256(table.encode()).hexdigest()[:16]
+    metadata = {"origin": json.dumps({**origin, "identity": identity}), "checksums": table, "layout": text}
+    with whole_file(path) as part:
+        try:
+            save_file(dict(tensors), part, metadata=metadata)
+        except SafetensorError as error:  # Its name for a full disk.
+            raise CannotWrite(f"{path} cannot be written: {error}") from None
+    return identity
+
+
+def checksum(tensor: Tensor) -> int:
+    """CRC-32 of a contiguous CPU tensor's bytes."""
+    return zlib.crc32(tensor.detach().reshape(-1).view(torch.uint8).numpy().data)
+
+
+class TensorFile:
+    """An open file of a checkpoint, for reading.
+
+    `keys` are the names of its tensors, `layout` is what `write_tensors` was given. Errors, here and in `get`:
+    UserError of one line names the file and the checkpoints that could be used instead.
+    """
+
+    def __init__(self, path: Path, origin: Mapping[str, Any] | None = None) -> None:
+        """`origin`: what the file must say that it is; None for a file of format 1, which says nothing."""
+        self.path, self._sums = path, None
+        try:
+            self._file: Any = safe_open(path, framework="pt")
+            metadata = self._file.metadata() or {}
+            self.keys: list[str] = list(self._file.keys())
+            text = metadata.get("layout", "null")
+            self.layout: Any = json.loads(text)
+            self.origin: dict[str, Any] = dict(json.loads(metadata.get("origin", "{}")))
+            if origin is not None:
+                self._sums = dict(json.loads(metadata["checksums"]))
+                if self._sums.keys() != {LAYOUT, *self.keys} or self._sums[LAYOUT] != zlib.crc32(text.encode()):
+                    raise ValueError("its table of contents was changed")
+        except KeyError:
+            raise self._refusal("is damaged (it has no checksums)") from None
+        except (OSError, SafetensorError, ValueError, TypeError, RecursionError) as error:
+            raise self._refusal(f"is missing or damaged ({error})") from None
+        for key, value in (origin or {}).items():
+            if self.origin.get(key) != value:
+                raise self._refusal(f"is of {key} {self.origin.get(key)}, its checkpoint of {key} {value}")
+
+    def get(self, key: str) -> Tensor:
+        """A tensor, on the CPU: as it was written, and finite."""
+        try:
+            tensor: Tensor = self._file.get_tensor(key)
+        except (OSError, SafetensorError, ValueError) as error:
+            raise self._refusal(f"is damaged ({error})") from None
+        if self._sums is not None and checksum(tensor) != self._sums[key]:
+            raise self._refusal(f"is damaged (wrong checksum of {key})")
+        if tensor.is_floating_point() and not tensor.isfinite().all():
+            raise self._refusal(f"has values in {key} that are not finite")
+        return tensor
+
+    def wrong_layout(self, error: Exception) -> UserError:
+        """What to raise when the layout did not lead to the tensors."""
+        return self._refusal(f"is damaged (its layout is not one of a checkpoint: {type(error).__name__} {error})")
+
+    def _refusal(self, what: str) -> UserError:
+        return UserError(f"{self.path} {what}: {advice(self.path.parent)}")
+
+
+def advice(checkpoint: Path) -> str:
+    """What to do without `checkpoint`: the others beside it that have a state, newest first."""
+    beside = sorted(checkpoint.parent.glob("step-*"), reverse=True)
+    names = [path.name for path in beside if path.name != checkpoint.name and (path / "state.json").is_file()]
+    return "resume from another checkpoint" + (f": {', '.join(names[:5])}" if names else "")
