@@ -10,7 +10,9 @@ from pathlib import Path
 
 import braceexpand
 import pytest
+from PIL import Image
 
+import convclip
 from convclip.config import list_recipes, load_recipe
 from tests.test_recipes import SEED_RECIPES
 
@@ -46,6 +48,12 @@ SCRIPT_COMMANDS = [command for command in COMMANDS if command[0] in RUNNERS]
 def values_of(flag):
     """Every value given to `flag` in any command."""
     return [value for command in COMMANDS for name, value in itertools.pairwise(command) if name == flag]
+
+
+def block_of(title, language=""):
+    """The code block of a section of the README."""
+    section = text_of("README.md").split(f"\n## {title}\n")[1].split("\n## ")[0]
+    return re.search(rf"^```{language}\n(.*?)^```", section, re.MULTILINE | re.DOTALL)[1]
 
 
 @functools.cache
@@ -147,3 +155,42 @@ def test_paths_in_the_text_exist(document):
     named |= set(re.findall(r"`(\w+\.(?:md|txt|toml)|setup\.py|Makefile)`", text))
     assert named
     assert not [path for path in sorted(named) if not (REPOSITORY / path).exists()]
+
+
+def test_the_python_block_runs(tmp_path, monkeypatch, capsys):
+    """On the run that 0.1.0 left, under the name that the block gives it. The answers are found again pair by pair."""
+    run = tmp_path / "runs" / "tiny_gpt2_unfreeze"
+    run.parent.mkdir()
+    run.symlink_to(REPOSITORY / "tests" / "fixtures" / "0.1.0" / "run")
+    # The run's recipe names its tokenizer from the repository's root.
+    (tmp_path / "tests").symlink_to(REPOSITORY / "tests")
+    for name, colour in (("dog.jpg", (200, 150, 60)), ("boat.jpg", (40, 60, 210))):
+        Image.new("RGB", (48, 40), colour).save(tmp_path / name)
+    monkeypatch.chdir(tmp_path)
+    found = {}
+    exec(compile(block_of("Use the model in Python", "python"), "README.md", "exec"), found)
+    assert found["images"].shape == (2, 16) and found["texts"].shape == (3, 16) and found["logits"].shape == (2, 3)
+    clip, paths, captions = convclip.load(run), found["paths"], found["captions"]
+    score = {
+        (path, caption): float(clip.embed_images(path)[0] @ clip.embed_texts(caption)[0])
+        for path, caption in itertools.product(paths, captions)
+    }
+    expected = [f"{path} -> {max(captions, key=lambda caption, path=path: score[path, caption])}" for path in paths]
+    expected += [f"{caption} -> {max(paths, key=lambda path, of=caption: score[path, of])}" for caption in captions]
+    assert capsys.readouterr().out.splitlines() == expected
+
+
+def test_the_tree_is_the_repositorys():
+    """Every name in it is there; every folder of the repository, and every room and module of convclip/, is in it."""
+    named, above = set(), []
+    for line in block_of("What is where").splitlines():
+        name = line.split()[0]
+        above[(len(line) - len(line.lstrip())) // 2 :] = [name]
+        named.add("".join(above))
+    assert not [name for name in sorted(named) if not (REPOSITORY / name).exists()]
+    package = REPOSITORY / "convclip"
+    modules = {f"convclip/{path.name}" for path in package.glob("*.py")}
+    rooms = {f"{path.parent.relative_to(REPOSITORY)}/" for path in [*package.rglob("*.py"), *package.rglob("*.yaml")]}
+    # At the top a user's own shards and runs may lie, so these are written out.
+    tops = {f"{name}/" for name in ("ds_configs", "launch", "tools", "examples", "benchmarks", "tests")}
+    assert named == modules | rooms | tops
