@@ -84,7 +84,9 @@ def test_script_exists_and_knows_its_flags(command):
 def test_make_targets_exist():
     targets = set(re.findall(r"^([a-z-]+):", text_of("Makefile"), re.MULTILINE))
     named = {command[1] for command in COMMANDS if command[0] == "make"}
-    in_text = {name for document in DOCUMENTS for name in re.findall(r"`(?:\w+=\S+ )?make ([a-z-]+)", text_of(document))}
+    in_text = {
+        name for document in DOCUMENTS for name in re.findall(r"`(?:\w+=\S+ )?make ([a-z-]+)", text_of(document))
+    }
     assert {"demo", "test"} <= named and named | in_text <= targets
 
 
