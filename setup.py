@@ -4,7 +4,7 @@ from setuptools import find_packages, setup
 
 setup(
     name="convclip",
-    version="0.1.0",
+    version="0.2.0",
     description="Train CLIP models with convolutional image towers at large batch under DeepSpeed",
     license="Apache-2.0",
     packages=find_packages(include=["convclip", "convclip.*"]),
