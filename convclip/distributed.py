@@ -1,4 +1,4 @@
-"""What the ranks of a run say to one another: torch.distributed only, any backend, and world 1 where nothing is set up.
+"""Collectives between the ranks of a run: torch.distributed only, any backend, and world 1 where nothing is set up.
 
 Shape legend: B rows per rank, W world, R rank, ... any trailing axes. Every function but `rank`, `world_size` and
 `is_main` is a collective: all ranks of the group must call it, in the same order. `group=None` is the default group.

@@ -107,7 +107,7 @@ class Recipe(Section):
 
     @property
     def task(self) -> TaskName:
-        """The kind of training; the one place that asks."""
+        """The kind of training: the only place that looks whether there is a video section."""
         return "image_text" if self.video is None else "video"
 
     @property

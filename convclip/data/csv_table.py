@@ -27,8 +27,8 @@ SHOWN = 200
 class CsvTable:
     """The rows of a CSV file as a SampleSource; images are numbered by first appearance, captions by row.
 
-    Relative image paths are relative to the present folder, as open_clip takes them, or to the CSV file's: where more
-    of the first images are.
+    Relative image paths start at the present folder, as in open_clip, or at the CSV file's folder: at the one where
+    more of the first images exist.
 
     Raises:
         UserError: the file or a column is missing, it holds no rows, or none of its first images exists.

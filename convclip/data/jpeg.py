@@ -4,11 +4,11 @@ A picture is skipped (`SkippedImage`, with the reason) when it is empty or large
 MAX_PIXELS by its header (so before anything is decoded), is in no known format, or does not decode.
 
 What "sound" means. A full decode costs ten times a copy (1.5 ms against 0.15 ms for a COCO image), and decoding at an
-eighth of the size saves only a fifth of that, so a plain JPEG is accepted without: its header parses, the bytes end
-in the end-of-image marker, and the compressed data in between holds no marker that may not stand there. Whatever
-fails this (or is progressive, where it proves less) is decoded in full, and Pillow's verdict counts. On COCO images
-damaged at random this finds what a full decode finds for every truncation, zeroed tail, and overwritten or removed
-block; damaged Huffman and quantisation tables in the header are mostly left for the reader to skip.
+eighth of the size saves only a fifth of that. So a plain JPEG is accepted undecoded when its header parses, its last
+bytes are the end-of-image marker, and the compressed data holds no marker that may not be there. A file that fails this
+test, or is progressive (the test says less about those), is decoded in full, and Pillow decides. On COCO images damaged
+at random, the test finds every truncation, zeroed tail, and overwritten or removed block that a full decode finds. It
+misses most damage to the Huffman and quantisation tables in the header; the reader skips those pictures.
 """
 
 from __future__ import annotations

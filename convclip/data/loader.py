@@ -243,8 +243,8 @@ class TrainLoader(EpochLoader):
 class _Plan:
     """The sampler: holds the batches of the present epoch for the DataLoader, whose workers outlive an epoch.
 
-    It does not hold the TrainLoader: in a reference cycle, worker processes would be shut down by the garbage
-    collector, whose order leaves them waiting for seconds.
+    It does not hold the TrainLoader. In a reference cycle the garbage collector would shut the workers down, in an
+    order that leaves them waiting for seconds.
     """
 
     def __init__(self) -> None:

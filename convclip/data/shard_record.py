@@ -1,4 +1,4 @@
-"""What has been written of a split's shards, so that a stopped run can go on: the index and, until then, a journal.
+"""The record of a split's finished shards, so that a stopped run can go on: a journal, then the index.
 
 `<split>.index.json`: the wids index of finished shards, with the run's parameters and, per shard, the skipped samples.
 `<split>.index.json.part`: the same while shards are still missing, as JSON lines: parameters, then a line per shard.
@@ -21,7 +21,7 @@ Entry = dict[str, Any]
 
 
 class ShardRecord:
-    """The record of one split in `folder`, for a run with `parameters` (compared with those of an earlier run).
+    """The record of one split in `folder`. `parameters` are those of this run; an earlier run's must be the same.
 
     Attributes: entries (by shard file name). Errors: UserError for a record of other parameters, for one that cannot
     be read, and for shards without a record: they are not this tool's to overwrite.

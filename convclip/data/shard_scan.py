@@ -116,7 +116,7 @@ def md5_of(path: str) -> str:
 
 
 class _Headers(io.BufferedReader):
-    """A tar file of which no header can claim all memory: tarfile reads long names and PAX records in one piece."""
+    """A tar file whose headers are bounded: tarfile reads long names and PAX records in one piece, however large."""
 
     def read(self, size: int | None = -1, /) -> bytes:
         if size is None or not 0 <= size <= MAX_HEADER_BYTES:

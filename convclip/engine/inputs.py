@@ -1,6 +1,6 @@
-"""What one micro batch feeds the towers and the losses, on the device.
+"""The inputs of the towers and the losses for one micro batch, on the device.
 
-Pictures, or what the store holds of them; token ids, or stored embeddings. Shapes: B batch, D embed, E the teacher's
+Pictures or stored feature maps; token ids or stored embeddings. Shapes: B batch, D embed, E the teacher's
 embed, T tokens, C channels and H.W size of a feature map, S image side.
 """
 
@@ -27,8 +27,8 @@ from convclip.schema import Recipe
 
 @dataclass(frozen=True)
 class Inputs:
-    """A micro batch. `image` and `text` are what enters the towers at `cut`: at first pictures [B, 3, S, S] and token
-    ids [B, T]. Pictures of bytes are normalised only when the tower runs: a chunked step holds those of all its rows.
+    """A micro batch. `image` and `text` enter the towers at `cut`; at cut 0 they are pictures [B, 3, S, S] and token
+    ids [B, T]. Pictures stay uint8 until the tower runs, because a chunked step holds those of all its rows.
     """
 
     image: Tensor
@@ -71,7 +71,7 @@ class Inputs:
 
 @dataclass(frozen=True)
 class Reads:
-    """What a step takes from the store, and what the loader has to read for it."""
+    """Which inputs of a step come from the store, and which the loader has to read."""
 
     stored_image: bool
     stored_text: bool
@@ -82,7 +82,7 @@ class Reads:
 
 
 class ImageTextSource:
-    """Makes Inputs of the loader's batches: live, or from the store for as long as what it holds is valid."""
+    """Turns the loader's batches into Inputs, from the store as long as what it holds is valid."""
 
     def __init__(
         self,

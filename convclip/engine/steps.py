@@ -2,8 +2,9 @@
 
 The chunked step follows GradCache (arXiv 2101.06983). First every chunk's features are computed without gradient; the
 loss over all of them gives a gradient for each feature; then each chunk runs again, with gradient, and its features'
-cached gradients are sent back through the towers. Random state is replayed, so that drop path drops the same. What is
-frozen is not run a second time, nor is the last chunk: it runs with gradient at once, for its backward comes first.
+cached gradients are sent back through the towers. The random state is replayed, so that drop path drops the same
+paths. Frozen layers do not run twice. Nor does the last chunk: it runs with gradient the first time, because its
+backward pass comes first.
 Shapes: B rows of a micro batch or chunk, N chunks, D embed.
 """
 

@@ -35,7 +35,7 @@ from convclip.schema import Recipe, UserError
 
 
 class Source(Protocol):
-    """Makes a step's inputs of the loader's batches."""
+    """Turns the loader's batches into a step's inputs."""
 
     def reads(self, frozen: Cut, trainable: Set[str], step: int) -> Reads:
         """What a step takes from the store, in a stage that trains `trainable`, nothing of it below `frozen`."""
@@ -71,7 +71,7 @@ class Evaluation(Protocol):
 
 
 class Parts(NamedTuple):
-    """The data stream, what makes a step's inputs of it, and the losses."""
+    """The loader, the source that turns its batches into inputs, and the losses."""
 
     loader: EpochLoader
     source: Source

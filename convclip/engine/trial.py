@@ -1,4 +1,4 @@
-"""A full step on made-up data before the data starts: what does not fit is found at once and not hours later."""
+"""A full step on made-up data before the data starts: a step that does not fit fails at once, not hours later."""
 
 from __future__ import annotations
 

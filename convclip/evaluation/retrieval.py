@@ -3,11 +3,11 @@
 Shape legend: N images, T texts, R rows (pairs of one image and one text), D embed. Recalls are in percent, ranks count
 from 1. Scores are dot products: features normalised alike give cosine similarity.
 
-`standard` (CLIP_benchmark's): every image once, all its captions right; an item's rank is the number of strictly
-greater scores + 1, so ties do not count against it. `rowwise` (open_clip_train's): one row per caption, only row i
-right for row i, and of equal scores those that stand earlier count as better. The two are never comparable: see
-`report`. In both, nan (a diverged model) counts as greater than any score, and a right answer of score nan is last. An
-image is whatever stands on that side: videos are scored by `standard` too.
+`standard` (CLIP_benchmark's): every image once, and any of its captions is a right answer. The rank of an answer is the
+number of strictly greater scores + 1, so ties do not count against it. `rowwise` (open_clip_train's): one row per
+caption, and only row i is right for row i. Of equal scores, the earlier one ranks better. The two are never comparable,
+see `convclip.evaluation.report`. In both, nan (a diverged model) ranks above every score, and a right answer whose
+score is nan ranks last. Videos are scored by `standard` too, in the place of images.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Whether a feature store was made of what is wanted of it and, where not, how it differs, in words."""
+"""Compares what a feature store was made from with what a run needs, and says in words how they differ."""
 
 from __future__ import annotations
 

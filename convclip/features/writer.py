@@ -1,9 +1,9 @@
 """Writes a feature store: resumable after a kill at any moment, by several ranks at once (see `layout.py`).
 
 Rank r of W owns the items at positions r, r + W, r + 2W, … and writes them to `<file>.rank-<r>-of-<W>.part`. A row
-counts as done only when its `done` byte is set, and that byte is written only after the row and its checksum are safe
-on the disk: what a kill leaves behind is therefore either done and right, or not done and written again. Done rows
-count whatever rank wrote them, so a run may go on with another number of ranks.
+is done when its `done` byte is set, and that byte is written only after the row and its checksum are safe on the disk.
+So after a kill a row is either done and right, or not done and will be written again. Done rows count whichever rank
+wrote them, so a run may go on with another number of ranks.
 """
 
 from __future__ import annotations

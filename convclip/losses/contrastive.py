@@ -119,8 +119,8 @@ def _logits(rows: Tensor, columns: Tensor, scale: Tensor, ids: Ids, first: int) 
 class _TiledClipLoss(torch.autograd.Function):
     """Images of this rank [B, D] and texts of all ranks [N, D] -> this rank's loss.
 
-    A rank's tiles complete the softmax over its image rows; for the text columns the ranks' parts are joined. The
-    gradient that a rank finds for all texts is a part too: the gather that brought the texts sums the parts.
+    A rank's tiles hold whole image rows, so their softmax is complete; the softmax over a text column is joined from
+    all ranks' parts. A rank's gradient for the texts is a part too; the backward pass of the gather sums the parts.
     """
 
     @staticmethod

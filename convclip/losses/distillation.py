@@ -1,4 +1,4 @@
-"""Distillation from a teacher dual tower: its softmax over the batch is what the student's should be.
+"""Distillation from a teacher dual tower: the student's softmax over the batch learns to match the teacher's.
 
 Shape legend: B rows of this rank, W world, N = W*B rows of all ranks, D the student's embed, E the teacher's.
 

@@ -1,4 +1,4 @@
-"""Head alignment: a new head's embedding is drawn to that of the pretrained head on the same feature map.
+"""Head alignment: pulls a new head's embedding towards the pretrained head's on the same feature map.
 
 Shape legend: B batch, D embed.
 """

@@ -1,4 +1,4 @@
-"""A large logits matrix walked one tile at a time, and the softmax over its rows and columns kept on the way.
+"""Computes a large logits matrix tile by tile, with a running softmax over its rows and columns.
 
 Shape legend: B rows of this rank, W world, N = W*B columns of all ranks, D embed; row i pairs with column `first` + i.
 """
@@ -92,8 +92,8 @@ class FeatureGradients:
 class RunningSoftmax:
     """The softmax over each line (row or column) of a matrix that comes in tiles.
 
-    A line's denominator is kept as its largest logit and the sum of exponentials relative to that: put together as
-    log-sum-exp they would round away digits that the gradient needs. `weighted` is the sum of another matrix's
+    Each line keeps its largest logit and the sum of exponentials relative to it. One log-sum-exp in place of the two
+    would round away digits that the gradient needs. `weighted` is the sum of another matrix's
     entries under these exponentials, where `add` is given them.
     """
 

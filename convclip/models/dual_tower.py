@@ -28,7 +28,7 @@ INPUT = Cut()
 
 
 class Outputs(NamedTuple):
-    """What a dual tower makes of a batch. A tower without input gives None.
+    """The outputs of a dual tower for a batch. A tower without input gives None.
 
     image, text: float32 [B, D] of unit length (a video student's `image` is the video). logit_scale [1], exponentiated;
     logit_bias [1] where the model has one. extras: further tensors by name, each [B, ...].

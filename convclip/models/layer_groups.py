@@ -1,4 +1,4 @@
-"""What locking freezes of both towers, what an unfreeze event opens, and where the pair can be cut.
+"""Which layers locking freezes, which an unfreeze event opens, and where the two towers can be cut.
 
 A tower's own groups are in its file (`Tower.layers`). Locking a tower freezes all of its groups; unlocking n opens the
 last n. What is in no group always trains: the image head, GPT-2's projection, logit_scale.

@@ -1,4 +1,4 @@
-"""What a tower is, for images and for text: everything the package asks of one, and nothing else.
+"""The interface of a tower, for images and for text.
 
 A new tower is one class in a file of its own: a subclass of `ImageTower` or `TextTower` that fills in the methods which
 raise NotImplementedError here, and an entry in `convclip.models.towers`.

@@ -1,4 +1,4 @@
-"""What every section of a recipe is made of, and the error that users see. Imports no torch."""
+"""The base of every section of a recipe, and the error that users see. Imports no torch."""
 
 from __future__ import annotations
 

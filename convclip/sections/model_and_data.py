@@ -1,4 +1,4 @@
-"""What a recipe says of the model and of what it is fed: towers, data, features, video."""
+"""The sections of a recipe for the model and its data: towers, data, features, video."""
 
 from __future__ import annotations
 

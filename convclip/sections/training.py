@@ -1,4 +1,4 @@
-"""What a recipe says of training: batch, optimiser, freezing, losses, evaluation, checkpoints."""
+"""The sections of a recipe for training: batch, optimiser, freezing, losses, evaluation, checkpoints."""
 
 from __future__ import annotations
 

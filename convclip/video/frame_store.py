@@ -51,8 +51,8 @@ VIDEO_ID = re.compile(r"[A-Za-z0-9_-]{1,80}")
 
 @dataclass
 class FrameStoreReport:
-    """What writing came to: `decoded` videos of this run, `reused` ones of earlier runs; `skipped` and `notes` give
-    reasons by video id, of videos that are not in the store and of damaged ones that are.
+    """The result of writing: numbers of videos `decoded` by this run and `reused` from earlier runs. `skipped`: why a
+    video is not in the store, by id. `notes`: what was wrong with a damaged one that is, by id.
     """
 
     decoded: int = 0

@@ -25,9 +25,9 @@ class VideoStudent(DualTower):
     """A dual tower for videos; it takes over the towers of `towers`, whose weights should be loaded by then.
 
     temporal_init `text`: blocks and positions of the temporal transformer are copied from the text tower's first
-    ones, as in CLIP4Clip; what does not fit, and everything with `identity`, starts so that a video's frames pass
-    unchanged. Copied blocks add vectors of their own size to the un-normalised frame features: with random blocks of
-    width 512, features of length 10 kept their recall and features of length 1 lost it (R@1 100 to 2).
+    ones, as in CLIP4Clip. What does not fit starts as an identity: a video's frames pass unchanged. With `identity` all
+    of it starts so. Copied blocks add vectors of their own size to the un-normalised frame features: with random blocks
+    of width 512, features of length 10 kept their recall and features of length 1 lost it (R@1 100 to 2).
     `new` lists the parameters that were newly initialised. mask_padding False: padded frames take part in both
     softmaxes, as in the original. A locked tower is locked whole, its head included: the head is as pretrained as the
     rest, and what is stored of a locked tower are its embeddings.

@@ -25,7 +25,7 @@ WEIGHTS: dict[Coarse, tuple[float, float, float]] = {"pearson": (0.2, 1.0, 2.0),
 
 @dataclass(frozen=True)
 class TeacherTargets:
-    """What one teacher says of this rank's pairs, without gradient.
+    """One teacher's targets for this rank's pairs, without gradient.
 
     rows [B, W*B]: logits of own captions against all videos; columns [B, W*B]: of own videos against all captions;
     frames [B, F]: r, how well each frame fits its caption (sums to 1), None for a coarse-only teacher.

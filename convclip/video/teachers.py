@@ -1,4 +1,4 @@
-"""What teachers say of a batch of videos and captions: from a store, or live.
+"""Teachers' targets for a batch of videos and captions: from a store, or live.
 
 Shapes: B micro batch, W world, C captions, E the teacher's embed.
 """

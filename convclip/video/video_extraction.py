@@ -117,7 +117,7 @@ def towers_identity(recipe: Recipe, work: TowersWork, dtype: torch.dtype) -> dic
 
 
 class XClipFeatures:
-    """An X-CLIP teacher and what it makes of videos and captions."""
+    """An X-CLIP teacher, and the features it gives for videos and captions."""
 
     def __init__(self, teacher: XClipTeacher, data: VideoEvaluationSet, recipe: Recipe) -> None:
         self.device = current_device()
@@ -167,7 +167,7 @@ class XClipFeatures:
 
 
 class TowersFeatures:
-    """A student's locked towers and what they make of videos and captions: un-normalised, in the run's precision."""
+    """A student's locked towers, and the features they give: un-normalised, in the run's precision."""
 
     def __init__(self, recipe: Recipe, work: TowersWork, data: VideoEvaluationSet, dtype: torch.dtype) -> None:
         self.recipe, self.data, self.dtype = recipe, data, dtype

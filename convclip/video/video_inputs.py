@@ -1,4 +1,4 @@
-"""What one micro batch of videos feeds the student and the losses, on the device: live, or from stores.
+"""The inputs of the student and the losses for one micro batch of videos, on the device: live, or from stores.
 
 Shapes: B micro batch, W world, F frames, S frame side, T words, D student's embed, E a teacher's embed.
 """
@@ -39,7 +39,7 @@ class VideoInputs:
 
 
 class VideoSource:
-    """Makes VideoInputs of the loader's batches; frames and texts of locked towers come from `store`."""
+    """Turns the loader's batches into VideoInputs; frames and texts of locked towers come from `store`."""
 
     def __init__(
         self,

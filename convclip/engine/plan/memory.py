@@ -1,7 +1,7 @@
-"""What training needs of a rank's memory, stage by stage: estimated without a device, and checked against one.
+"""The memory that each stage takes on a rank: estimated without a device, and compared with the true peak on one.
 
-Activations are measured: the model runs forward and backward on the meta device, which computes nothing, while every
-allocation is followed. Weights, gradients and optimizer state follow from ZeRO's partition. Imports no DeepSpeed.
+Activations are measured: the model runs forward and backward on the meta device, which computes nothing, and every
+allocation is counted. Weights, gradients and optimizer state follow from ZeRO's partition. Imports no DeepSpeed.
 Shapes: B rows of a rank's step, M rows run at a time, W world, N = W*B rows of all ranks, D embed.
 """
 
@@ -145,7 +145,7 @@ def estimate_stage(recipe: Recipe, stage: Stage, ds_config: Mapping[str, Any], w
 
 
 class LiveBytes(TorchDispatchMode):
-    """Follows the storages made inside it: `now` bytes are alive, `peak` were at most. Those of `known` do not count.
+    """Counts the bytes of storages made inside it: `now` alive, `peak` the most so far. Those of `known` do not count.
 
     Works on the meta device, where nothing is computed, as on any other.
     """

@@ -1,8 +1,8 @@
 """Which parameters train in which optimizer group, stage by stage: pure names, no DeepSpeed, no allocation.
 
 A stage is a stretch of training with one trainable set. Stage 0 is the start of the run; every unfreeze time opens
-another. A stage's groups are the groups of the stage before, unchanged and in the same order, then the new ones: the
-rebuild of the engine (`engine/rebuild.py`) relies on it.
+the next. A stage keeps the groups of the stage before, unchanged and in the same order, and adds the new ones at the
+end. The rebuild of the engine (`convclip/engine/zero/build.py`) relies on that.
 """
 
 from __future__ import annotations

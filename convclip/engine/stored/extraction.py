@@ -1,4 +1,4 @@
-"""Computing what is frozen once: trunk maps, text embeddings and a teacher's embeddings, into the feature store."""
+"""Computes once what is frozen: trunk maps, text embeddings and a teacher's embeddings, into the feature store."""
 
 from __future__ import annotations
 
@@ -48,7 +48,7 @@ def expected_store(recipe: Recipe, model: DualTower, dtype: torch.dtype) -> tupl
 
 
 class Extraction:
-    """The frozen towers and teacher of a recipe, and what they make of its training data."""
+    """The frozen towers and teacher of a recipe, and the features they give for its training data."""
 
     def __init__(self, recipe: Recipe, model: DualTower, dtype: torch.dtype) -> None:
         """`model` as a run starts with it, in fp32; it is moved to the device and to `dtype`."""

@@ -1,4 +1,4 @@
-"""What of a recipe is frozen for long enough to be computed once, and what identifies the store that holds it."""
+"""Which parts of a recipe are frozen long enough to be computed once, and what identifies the store that holds them."""
 
 from __future__ import annotations
 
@@ -30,8 +30,8 @@ PRECISION_NAMES = {torch.float32: "float32", torch.bfloat16: "bfloat16", torch.f
 
 @dataclass(frozen=True)
 class FrozenWork:
-    """`boundary`: what enters this layer group of the image tower is stored (0: nothing). `text`: the text embeddings
-    of a locked text tower. `teacher`: the teacher's embeddings."""
+    """What is stored. `boundary`: the image tower's cut, whose feature maps are stored (0: none). `text`: the text
+    embeddings of a locked text tower. `teacher`: the teacher's embeddings."""
 
     boundary: int
     text: bool
