@@ -129,8 +129,8 @@ def pieces_of(address: str, data: Data) -> tuple[str, list[Work]]:
         from convclip.video.frame_store import FrameStore
 
         frames = FrameStore(address)
-        shards = read_index(frames.folder).shards
-        return "video", [(partial(check_frames, frames, shard), len(shard.videos)) for shard in shards]
+        tars = read_index(frames.folder).shards
+        return "video", [(partial(check_frames, frames, tar), len(tar.videos)) for tar in tars]
     if is_csv(address, data):
         table = CsvTable(address, data)
         starts = range(0, len(table.images), IMAGES_AT_ONCE)

@@ -24,7 +24,16 @@ from tqdm import tqdm
 from convclip.command_line import Findings, run
 from convclip.config import load_recipe
 from convclip.engine.zero.ds_config import load_ds_config
-from convclip.models.checkpoint_weights import RunState, open_tensors, rank_file, read_state, read_weights
+from convclip.models.checkpoint_files import TensorFile
+from convclip.models.checkpoint_weights import (
+    RunState,
+    rank_file,
+    read_pointer,
+    read_state,
+    read_weights,
+    step_folders,
+    step_of,
+)
 from convclip.schema import UserError
 
 LOGS = ("metrics.jsonl", "eval.jsonl")
@@ -53,9 +62,9 @@ def check(options: argparse.Namespace) -> int:
     states = check_checkpoints(folder, findings)
     check_pointers(folder, states, findings)
     counts = {name: check_rows(folder / name, findings) for name in LOGS}
-    for name, steps in counts.items():
-        if states and not steps:
-            findings.add("no rows are there", f"{folder / name}, though the run has a checkpoint of step {max(states)}")
+    best = states[max(states)].best.get("step") if states else None
+    if best is not None and int(best) not in counts["eval.jsonl"]:
+        findings.add("row is missing", f"{folder / 'eval.jsonl'} has none of step {int(best)}, the best one's")
     for path in leftovers(folder):
         findings.add("left by a killed run, or being written", str(path))
     rows = ", ".join(f"{len(steps):,} rows of {name}" for name, steps in counts.items())
@@ -64,65 +73,67 @@ def check(options: argparse.Namespace) -> int:
 
 
 def check_checkpoints(folder: Path, findings: Findings) -> dict[int, RunState]:
-    """Read every checkpoint; the states of those that are whole, by step."""
+    """Read every checkpoint; the states of those that can be used, by step."""
     states: dict[int, RunState] = {}
     shapes: dict[str, torch.Size] = {}
-    paths = [path for path in sorted((folder / "checkpoints").glob("step-*")) if not path.name.endswith(".part")]
-    for path in tqdm(paths, desc="checkpoints", delay=1):
+    for path in tqdm(step_folders(folder), desc="checkpoints", unit="checkpoint", delay=1):
         try:
             state = read_state(path)
+            damage = list(damaged_tensors(path, state))
+            for line in damage:
+                findings.add("tensor of a checkpoint is damaged or not finite", line)
+            if damage:
+                continue
             weights = read_weights(path)
-            broken = [name for name, tensor in weights.items() if not is_finite(tensor)]
-            broken += [f"{rank_file(rank)} {key}" for rank, key in unsound_tensors(path, state)]
-        except (UserError, OSError, ValueError, KeyError) as error:
-            findings.add(
-                "checkpoint cannot be read", str(error) if isinstance(error, UserError) else f"{path}: {error}"
-            )
+        except UserError as error:
+            findings.add("checkpoint cannot be read", str(error))
             continue
-        if broken:
-            findings.add("values are not finite", f"{path}: {broken[0]} and {len(broken) - 1} more", len(broken))
-        if path.name != f"step-{state.step:08d}":
+        if step_of(path) != state.step:
             findings.add("checkpoint has another step than its name", f"{path}: its state says {state.step}")
+            continue
         found = {name: tensor.shape for name, tensor in weights.items()}
         if shapes and found != shapes:
             other = sorted(name for name in found.keys() | shapes.keys() if found.get(name) != shapes.get(name))
-            findings.add("checkpoint is of another model than the one before", f"{path}: {other[0]} differs")
+            findings.add("checkpoint is of another model than the one before it", f"{path}: {other[0]} differs")
         shapes = found
         states[state.step] = state
+    runs = {state.run for state in states.values() if state.run}
+    if len(runs) > 1:
+        findings.add("checkpoints are of more than one run", f"{folder}: {', '.join(sorted(runs))}")
     return states
 
 
-def unsound_tensors(path: Path, state: RunState) -> Iterator[tuple[int, str]]:
-    """(rank, name) of each tensor of a checkpoint that is not finite, of what every rank wrote: optimizer state, too."""
+def damaged_tensors(path: Path, state: RunState) -> Iterator[str]:
+    """A line for each tensor of the ranks' files that the reader refuses: optimizer state, too."""
     for rank in range(state.world_size):
-        with open_tensors(path / rank_file(rank)) as file:
-            for key in file.keys():  # noqa: SIM118 - a safetensors handle is not a mapping
-                if not is_finite(file.get_tensor(key)) and not key.endswith("/master"):
-                    yield rank, key
-
-
-def is_finite(tensor: torch.Tensor) -> bool:
-    """Whether every value is; integers are."""
-    return not tensor.is_floating_point() or bool(tensor.isfinite().all())
+        file = TensorFile(path / rank_file(rank), state.origin(rank))
+        for key in file.keys:
+            try:
+                file.get(key)
+            except UserError as error:
+                yield str(error)
 
 
 def check_pointers(folder: Path, states: dict[int, RunState], findings: Findings) -> None:
     """`latest` names the newest checkpoint, and `best` the one that the newest one's state says."""
-    if not states:
+    folders = {step_of(path): path.name for path in step_folders(folder)}
+    if not folders:
         return
-    newest = max(states)
-    expected = {"latest": newest, "best": states[newest].best.get("step")}
-    for name, step in expected.items():
-        path = folder / name
-        try:
-            text = path.read_text(encoding="utf-8").strip() if path.exists() else None
-        except (OSError, UnicodeDecodeError):
-            text = "what cannot be read"
-        wanted = None if step is None else f"checkpoints/step-{int(step):08d}"
-        if text != wanted:
-            findings.add("pointer is wrong", f"{path} names {text or 'nothing'}, not {wanted or 'nothing'}")
-        elif step is not None and int(step) not in states:
-            findings.add("pointer is wrong", f"{path} names {text}, which is not there or cannot be read")
+    expected = {"latest": max(folders)}
+    if max(folders) in states:
+        best = states[max(folders)].best.get("step")
+        expected |= {} if best is None else {"best": int(best)}
+    for name in ("latest", "best"):
+        pointer, step = folder / name, expected.get(name)
+        found = read_pointer(folder, name)
+        if found is None and pointer.exists():
+            findings.add("pointer is wrong", f"{pointer} names no checkpoint")
+        elif found is None and step is not None:
+            findings.add("pointer is wrong", f"{pointer} is not there, it should name step {step}")
+        elif found is not None and not found.is_dir():
+            findings.add("pointer is wrong", f"{pointer} names {found.name}, which is not there")
+        elif found is not None and step is not None and step_of(found) != step:
+            findings.add("pointer is wrong", f"{pointer} names {found.name}, not that of step {step}")
 
 
 def check_rows(path: Path, findings: Findings) -> list[int]:
@@ -142,12 +153,15 @@ def check_rows(path: Path, findings: Findings) -> list[int]:
         if row is None:
             findings.add("row is no object with a step", place)
             continue
-        # An unfreeze event stands at the step of a row.
+        # Events stand at the step of a row, and two towers may open at once.
         kind, step = str(row.get("event", "")), row["step"]
-        if step <= last.get(kind, -1):
+        if step < last.get(kind, -1) or (step == last.get(kind) and not kind):
             findings.add("steps of rows do not ascend", f"{place}: step {step} comes behind step {last[kind]}")
         last[kind] = step
-        wrong = [key for key, value in row.items() if isinstance(value, float) and not math.isfinite(value)]
+        # A step that fp16 skips has an infinite gradient norm, and nothing is wrong.
+        figures = [(key, value) for key, value in row.items() if key != "grad_norm"]
+        figures += [pair for _, value in figures if isinstance(value, dict) for pair in value.items()]
+        wrong = [key for key, value in figures if isinstance(value, float) and not math.isfinite(value)]
         if wrong:
             findings.add("row has a figure that is not finite", f"{place}, step {step}: {', '.join(wrong)}")
         steps.append(step)
