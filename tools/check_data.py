@@ -69,7 +69,7 @@ class Part:
     def add(self, message: str, name: str, place: str = "") -> None:
         """A finding whose kind is the reader's message without the name in front and with N for every number."""
         reason = message.removeprefix(f"{name}: ")
-        self.findings.add(re.sub(r"-?\d+(,\d{3})*", "N", reason)[:100], f"{name}{place}: {reason}")
+        self.findings.add(re.sub(r"(?<!UTF-)\d+(,\d{3})*", "N", reason)[:100], f"{name}{place}: {reason}")
 
     def pairs(self, kind: str) -> np.ndarray:
         """bytes [n, 2]: the entries of `once`, in little room."""
@@ -269,7 +269,7 @@ def check_rows(store: FeatureStore, name: str, ids: np.ndarray | list[str], star
     if rows.is_floating_point():
         for row in (~rows.reshape(len(ids), -1).isfinite().all(dim=1)).nonzero().flatten().tolist():
             kind = store.arrays[name].item_kind
-            what = f"{store.path}: array {name}, row {start + row} ({kind} {ids[row]!r})"
+            what = f"{store.path}: array {name}, row {start + row} ({kind} {ids[row]})"
             part.findings.add("row of a feature store has values that are not finite", what)
     return part
 
