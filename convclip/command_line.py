@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 
 from convclip.schema import UserError
@@ -27,6 +28,14 @@ class Findings:
         if len(shown) < EXAMPLES:
             # One line each, and no byte that a terminal would obey.
             shown.append("".join(c if c.isprintable() else "?" for c in example))
+
+    @contextlib.contextmanager
+    def catching(self, kind: str) -> Iterator[None]:
+        """A UserError inside is a finding of this kind, and its line the example."""
+        try:
+            yield
+        except UserError as error:
+            self.add(kind, str(error))
 
     def take(self, other: Findings) -> None:
         """Add those of `other` behind these."""

@@ -50,8 +50,10 @@ if TYPE_CHECKING:
 
 # What one piece of work takes of a CSV table or of an array of a feature store.
 IMAGES_AT_ONCE, BYTES_AT_ONCE = 256, 1 << 25
+# The most frequent sizes of pictures are shown.
 SHAPES_SHOWN = 5
-"""Sizes of pictures that are shown, the most frequent ones."""
+UNREADABLE = "shard cannot be read"
+TWICE = "picture occurs twice, byte for byte"
 
 
 @dataclass
@@ -62,18 +64,18 @@ class Part:
     counts: Counter[str] = field(default_factory=Counter)
     modes: Counter[str] = field(default_factory=Counter)
     shapes: Counter[tuple[int, int]] = field(default_factory=Counter)
-    once: dict[str, list[tuple[bytes, bytes]]] = field(default_factory=dict)
-    """By kind of finding: what may occur once in the data set, and what it was found in."""
-    unreadable: UserError | None = None
+    once: dict[str, tuple[np.ndarray, np.ndarray]] = field(default_factory=dict)
+    """By kind of finding: marks (bytes [n]) of what may occur once in the data set, and names of what had them."""
 
     def add(self, message: str, name: str, place: str = "") -> None:
         """A finding whose kind is the reader's message without the name in front and with N for every number."""
         reason = message.removeprefix(f"{name}: ")
         self.findings.add(re.sub(r"(?<!UTF-)\d+(,\d{3})*", "N", reason)[:100], f"{name}{place}: {reason}")
 
-    def pairs(self, kind: str) -> np.ndarray:
-        """bytes [n, 2]: the entries of `once`, in little room."""
-        return np.array(self.once.get(kind, []), dtype=np.bytes_).reshape(-1, 2)
+    def note(self, kind: str, found: list[tuple[bytes, bytes]]) -> None:
+        """Keep (mark, name) of what may occur once, as arrays: there may be millions."""
+        marks, names = zip(*found, strict=True) if found else ((), ())
+        self.once[kind] = (np.array(marks, dtype="S16"), np.array(names, dtype=np.bytes_))
 
 
 # A piece of work and its size, in bytes or samples.
@@ -98,16 +100,16 @@ def check(options: argparse.Namespace) -> int:
     unit, work = pieces_of(options.address, data)
     whole = Part()
     parts = list(run_all(work, options.workers, unit))
-    errors = [part.unreadable for part in parts if part.unreadable is not None]
-    if errors and len(errors) == len(parts):
-        raise errors[0]
     for part in parts:
         whole.findings.take(part.findings)
         whole.counts.update(part.counts)
         whole.modes.update(part.modes)
         whole.shapes.update(part.shapes)
+    if whole.findings.counts.get(UNREADABLE) == len(parts):
+        raise UserError(whole.findings.examples[UNREADABLE][0])
     for kind in dict.fromkeys(kind for part in parts for kind in part.once):
-        find_twice(kind, np.concatenate([part.pairs(kind) for part in parts]), whole.findings)
+        marks, names = zip(*(part.once[kind] for part in parts if kind in part.once), strict=True)
+        find_twice(kind, np.concatenate(marks), np.concatenate(names), whole.findings)
     print(f"{options.address}: {', '.join(f'{count:,} {what}' for what, count in whole.counts.items()) or 'empty'}")
     if whole.shapes:
         modes = ", ".join(f"{mode} {count:,}" for mode, count in whole.modes.most_common())
@@ -154,13 +156,13 @@ def run_all(work: Sequence[Work], workers: int, unit: str) -> Iterator[Part]:
 
 def check_shard(shard: Shard, data: Data) -> Part:
     """A shard against its index, its tar, and every sample of it."""
-    part = Part(counts=Counter(shards=1))
-    try:
-        md5 = md5_of(shard.path)
-        table = ShardTable.of_one(shard)
-    except (UserError, OSError) as error:
-        part.unreadable = error if isinstance(error, UserError) else UserError(f"shard {shard.path}: {error.strerror}")
-        part.findings.add("shard cannot be read", str(part.unreadable))
+    part, table, md5 = Part(counts=Counter(shards=1)), None, ""
+    with part.findings.catching(UNREADABLE):
+        try:
+            md5, table = md5_of(shard.path), ShardTable.of_one(shard)
+        except OSError as error:
+            raise UserError(f"shard {shard.path} cannot be read: {error.strerror}") from None
+    if table is None:
         return part
     for problem in filter(None, [size_problem(shard), *index_problems(shard, len(table.key), md5)]):
         part.findings.add("shard differs from its index", problem)
@@ -176,6 +178,7 @@ def check_samples(source: SampleSource, images: range, data: Data, part: Part | 
     """Captions and pictures of some images, as training reads them."""
     part = part or Part()
     part.counts.update(images=len(images), captions=0)
+    pictures = []
     for image in images:
         name, limit = source.name(image), data.max_image_pixels
         try:
@@ -195,14 +198,14 @@ def check_samples(source: SampleSource, images: range, data: Data, part: Part | 
             part.add(str(error), name, place(source, image, "text"))
         try:
             encoded = source.read_image(image)
-            digest = hashlib.blake2b(encoded, digest_size=16).digest()
-            part.once.setdefault("picture occurs twice, byte for byte", []).append((digest, as_bytes(name)))
+            pictures.append((mark(encoded), as_bytes(name)))
             header = open_image(name, encoded, limit)
             decode_image(name, encoded, limit)
             part.modes[header.mode] += 1
             part.shapes[header.size] += 1
         except BrokenSample as error:
             part.add(str(error), name, place(source, image, "image"))
+    part.note(TWICE, pictures)
     return part
 
 
@@ -216,26 +219,33 @@ def place(source: SampleSource, image: int, member: str) -> str:
 
 def check_ids(table: ShardTable, source: str, part: Part) -> None:
     """Take down the ids of a shard's samples (of a sample without one, its key) and captions, one source's apart."""
-    images = part.once["id of an image occurs twice"] = []
-    captions = part.once["id of a caption occurs twice"] = []
+    images, captions = [], []
     for image in range(len(table.key)):
         try:
             number, _, ids = table.read_stored(image)
         except BrokenSample:
             continue
         name = as_bytes(table.name(image))
-        images.append((as_bytes(f"{source} {table.key[image]!r}" if number is None else f"{source} {number}"), name))
-        captions += [(as_bytes(f"{source} {caption}"), name) for caption in ids or []]
+        own = f"{table.key[image]!r}" if number is None else f"{number}"
+        images.append((mark(as_bytes(f"{source} {own}")), name))
+        captions += [(mark(as_bytes(f"{source} {caption}")), name) for caption in ids or []]
+    part.note("id of an image occurs twice", images)
+    part.note("id of a caption occurs twice", captions)
 
 
-def find_twice(kind: str, pairs: np.ndarray, findings: Findings) -> None:
-    """Among `pairs`, bytes [n, 2], each that has an earlier one with the same first half."""
-    order = np.argsort(pairs[:, 0], kind="stable")
-    same = np.flatnonzero(pairs[order[1:], 0] == pairs[order[:-1], 0])
+def find_twice(kind: str, marks: np.ndarray, names: np.ndarray, findings: Findings) -> None:
+    """Each of bytes [n] that has an earlier equal one, by the names of both."""
+    order = np.argsort(marks, kind="stable")
+    same = np.flatnonzero(marks[order[1:]] == marks[order[:-1]])
     # In the order of the data set.
     for number in same[np.argsort(order[same + 1])]:
-        later, first = (pairs[order[place], 1].decode(errors="replace") for place in (number + 1, number))
+        later, first = (names[order[place]].decode(errors="replace") for place in (number + 1, number))
         findings.add(kind, f"{later}: as in {first}")
+
+
+def mark(data: bytes) -> bytes:
+    """16 bytes that two different things do not share."""
+    return hashlib.blake2b(data, digest_size=16).digest()
 
 
 def as_bytes(text: str) -> bytes:
@@ -255,16 +265,15 @@ def pieces_of_features(store: FeatureStore) -> Iterator[Work]:
 
 def check_rows(store: FeatureStore, name: str, ids: np.ndarray | list[str], start: int) -> Part:
     """Rows of an array, `start` and those behind it: checksums, and whether their values are finite."""
-    part = Part(counts=Counter(rows=len(ids)))
-    try:
+    part, failed, rows = Part(counts=Counter(rows=len(ids))), Findings(), None
+    with failed.catching("row of a feature store is damaged"):
         rows = store.read(name, ids)
-    except UserError as error:
-        if len(ids) == 1:
-            part.findings.add("row of a feature store is damaged", str(error))
-        else:
-            # The reader names the first of them: each by itself names them all.
-            for row in range(len(ids)):
-                part.findings.take(check_rows(store, name, ids[row : row + 1], start + row).findings)
+    if rows is None:
+        # The reader names the first of them: each by itself names them all.
+        alone = range(len(ids) if len(ids) > 1 else 0)
+        each = [check_rows(store, name, ids[row : row + 1], start + row).findings for row in alone]
+        for found in each or [failed]:
+            part.findings.take(found)
         return part
     if rows.is_floating_point():
         for row in (~rows.reshape(len(ids), -1).isfinite().all(dim=1)).nonzero().flatten().tolist():
@@ -279,13 +288,11 @@ def check_frames(store: FrameStore, shard: FrameShard) -> Part:
     from convclip.video.frame_index import is_whole
 
     part = Part(counts=Counter(shards=1, videos=len(shard.videos)))
-    names = [(as_bytes(video), as_bytes(f"{shard.file}:{video}")) for video in shard.videos]
-    part.once["id of a video occurs twice"] = names
+    names = [(mark(as_bytes(video)), as_bytes(f"{shard.file}:{video}")) for video in shard.videos]
+    part.note("id of a video occurs twice", names)
     for video in shard.videos:
-        try:
+        with part.findings.catching("video of a frame store is damaged"):
             store[video]
-        except UserError as error:
-            part.findings.add("video of a frame store is damaged", str(error))
     if not part.findings.counts and not is_whole(store.folder / shard.file, shard):
         what = f"{store.folder / shard.file}: its size, its end or a checksum is not what {store.folder} says of it"
         part.findings.add("tar of a frame store is damaged", what)

@@ -14,7 +14,6 @@ import argparse
 import json
 import math
 import sys
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -55,10 +54,8 @@ def check(options: argparse.Namespace) -> int:
         raise UserError(f"{folder} is not a run folder: name the --output_dir of a run")
     findings = Findings()
     for name, read in (("recipe.yaml", load_recipe), ("ds_config.json", load_ds_config)):
-        try:
+        with findings.catching(f"{name} cannot be read"):
             read(folder / name)
-        except UserError as error:
-            findings.add(f"{name} cannot be read", str(error))
     states = check_checkpoints(folder, findings)
     check_pointers(folder, states, findings)
     counts = {name: check_rows(folder / name, findings) for name in LOGS}
@@ -77,16 +74,13 @@ def check_checkpoints(folder: Path, findings: Findings) -> dict[int, RunState]:
     states: dict[int, RunState] = {}
     shapes: dict[str, torch.Size] = {}
     for path in tqdm(step_folders(folder), desc="checkpoints", unit="checkpoint", delay=1):
-        try:
+        state = weights = None
+        with findings.catching("checkpoint cannot be read"):
             state = read_state(path)
-            damage = list(damaged_tensors(path, state))
-            for line in damage:
-                findings.add("tensor of a checkpoint is damaged or not finite", line)
-            if damage:
+            if not check_tensors(path, state, findings):
                 continue
             weights = read_weights(path)
-        except UserError as error:
-            findings.add("checkpoint cannot be read", str(error))
+        if state is None or weights is None:
             continue
         if step_of(path) != state.step:
             findings.add("checkpoint has another step than its name", f"{path}: its state says {state.step}")
@@ -103,15 +97,15 @@ def check_checkpoints(folder: Path, findings: Findings) -> dict[int, RunState]:
     return states
 
 
-def damaged_tensors(path: Path, state: RunState) -> Iterator[str]:
-    """A line for each tensor of the ranks' files that the reader refuses: optimizer state, too."""
+def check_tensors(path: Path, state: RunState, findings: Findings) -> bool:
+    """Whether the reader takes every tensor of the ranks' files: optimizer state, too."""
+    before = dict(findings.counts)
     for rank in range(state.world_size):
         file = TensorFile(path / rank_file(rank), state.origin(rank))
         for key in file.keys:
-            try:
+            with findings.catching("tensor of a checkpoint is damaged or not finite"):
                 file.get(key)
-            except UserError as error:
-                yield str(error)
+    return findings.counts == before
 
 
 def check_pointers(folder: Path, states: dict[int, RunState], findings: Findings) -> None:
