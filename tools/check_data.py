@@ -180,22 +180,20 @@ def check_samples(source: SampleSource, images: range, data: Data, part: Part | 
     part.counts.update(images=len(images), captions=0)
     pictures = []
     for image in images:
-        name, limit = source.name(image), data.max_image_pixels
+        name, limit, counted = source.name(image), data.max_image_pixels, int(source.counts[image])
+        where = place(source, image, "text")
         try:
             captions = source.read_captions(image)
             part.counts["captions"] += len(captions.texts)
-            if len(captions.texts) > source.counts[image]:
-                counted = source.counts[image]
-                part.add(
-                    f"has {len(captions.texts)} captions, its table says {counted}", name, place(source, image, "text")
-                )
-            for number in range(source.counts[image]):
+            if len(captions.texts) > counted:
+                part.add(f"has {len(captions.texts)} captions, its table says {counted}", name, where)
+            for number in range(counted):
                 try:
                     captions.usable(name, number)
                 except BrokenSample as error:
-                    part.add(str(error), name, place(source, image, "text"))
+                    part.add(str(error), name, where)
         except BrokenSample as error:
-            part.add(str(error), name, place(source, image, "text"))
+            part.add(str(error), name, where)
         try:
             encoded = source.read_image(image)
             pictures.append((mark(encoded), as_bytes(name)))
