@@ -27,7 +27,6 @@ from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from functools import partial
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -36,6 +35,7 @@ from tqdm import tqdm
 from convclip.command_line import Findings, add_overrides, run
 from convclip.config import load_recipe
 from convclip.data.csv_table import CsvTable
+from convclip.data.local_files import refuse_irregular
 from convclip.data.samples import BrokenSample, SampleSource, decode_image, open_image
 from convclip.data.shard_scan import md5_of
 from convclip.data.shard_table import ShardTable, index_problems, source_of
@@ -50,8 +50,7 @@ if TYPE_CHECKING:
 
 # What one piece of work takes of a CSV table or of an array of a feature store.
 IMAGES_AT_ONCE, BYTES_AT_ONCE = 256, 1 << 25
-# The most frequent sizes of pictures are shown.
-SHAPES_SHOWN = 5
+SHAPES_SHOWN = 5  # The most frequent sizes of pictures.
 UNREADABLE = "shard cannot be read"
 TWICE = "picture occurs twice, byte for byte"
 
@@ -78,8 +77,7 @@ class Part:
         self.once[kind] = (np.array(marks, dtype="S16"), np.array(names, dtype=np.bytes_))
 
 
-# A piece of work and its size, in bytes or samples.
-Work = tuple[Callable[[], Part], int]
+Work = tuple[Callable[[], Part], int]  # With its size, in bytes or samples.
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -125,8 +123,9 @@ def pieces_of(address: str, data: Data) -> tuple[str, list[Work]]:
         # These readers import torch, which takes seconds.
         from convclip.features.reader import FeatureStore
 
+        refuse_irregular(address, "feature store")
         return "B", list(pieces_of_features(FeatureStore(address)))
-    if Path(address).is_dir() and any((Path(address) / name).exists() for name in ("index.json", "plan.json")):
+    if any(os.path.exists(os.path.join(address, name)) for name in ("index.json", "plan.json")):
         from convclip.video.frame_index import read_index
         from convclip.video.frame_store import FrameStore
 

@@ -13,6 +13,7 @@ from __future__ import annotations
 import argparse
 import json
 import math
+import os
 import sys
 from pathlib import Path
 from typing import Any
@@ -50,7 +51,7 @@ def main(arguments: list[str] | None = None) -> int:
 def check(options: argparse.Namespace) -> int:
     """Print what was read and the table; 0 when nothing was found, else 1."""
     folder: Path = options.run
-    if not any((folder / name).exists() for name in PARTS):
+    if not any(os.path.lexists(folder / name) for name in PARTS):
         raise UserError(f"{folder} is not a run folder: name the --output_dir of a run")
     findings = Findings()
     for name, read in (("recipe.yaml", load_recipe), ("ds_config.json", load_ds_config)):

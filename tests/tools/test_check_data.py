@@ -221,3 +221,15 @@ def test_what_0_1_0_wrote_is_sound(checked):
     shards = REPOSITORY / "tests" / "fixtures" / "0.1.0" / "shards" / "train-{000000..000001}.tar"
     code, out, _ = checked(shards)
     assert code == 0 and "12 images, 24 captions" in out
+
+
+@pytest.mark.parametrize("maker", broken_inputs.TRAIN_DATA, ids=lambda maker: maker.__name__)
+def test_every_broken_input_is_found_or_refused(maker, tmp_path, checked):
+    """What training counts is a finding; what it refuses is one too, or cannot be read; nothing is a traceback."""
+    codes = {broken_inputs.REFUSED: (1, 2), broken_inputs.COUNTED: (1,), broken_inputs.RIGHT: (0,)}
+    for seed in range(broken_inputs.TRAIN_DATA[maker]):
+        folder = tmp_path / str(seed)
+        folder.mkdir()
+        broken = maker(folder, seed)
+        code, out, _ = checked(broken.address)
+        assert code in codes[broken.outcome], (seed, broken, out)

@@ -153,6 +153,6 @@ def test_checksums_and_runs_of_the_present_format(folder, checked):
 
 
 def test_no_run_is_an_error(tmp_path, capsys):
-    for place in (tmp_path, tmp_path / "absent", REPOSITORY / "README.md"):
+    for place in (tmp_path, tmp_path / "absent", tmp_path / ("x" * 5000), REPOSITORY / "README.md"):
         assert check_run.main([str(place)]) == 2
         assert "is not a run folder" in capsys.readouterr().err
