@@ -4,7 +4,7 @@ import argparse
 
 import pytest
 
-from convclip.command_line import add_local_rank, add_overrides, run
+from convclip.command_line import Findings, add_local_rank, add_overrides, run
 from convclip.schema import UserError
 from tests.conftest import REPOSITORY
 
@@ -46,6 +46,27 @@ def test_shared_flags():
     options = parser.parse_args(["--set", "a.b=1", "--local_rank=3", "--set", "c=2"])
     assert options.overrides == ["a.b=1", "c=2"] and options.local_rank == 3
     assert parser.parse_args([]).overrides == [] and "--local_rank" not in parser.format_help()
+
+
+def test_findings_are_counted_and_the_first_of_each_kind_shown(capsys):
+    assert Findings().report() == 0 and capsys.readouterr().out == "no findings\n"
+    first, second = Findings(), Findings()
+    first.add("cut", "a\x1b[0m\n")
+    second.add("cut", "b", count=1000)
+    for name in "cde":
+        second.add("cut", name)
+    with second.catching("refused"):
+        raise UserError("f is wrong")
+    first.take(second)
+    assert first.report() == 1
+    assert [line.split(maxsplit=1) for line in capsys.readouterr().out.splitlines()[1:]] == [
+        ["1,004", "cut"],
+        ["a?[0m?"],
+        ["b"],
+        ["c"],
+        ["1", "refused"],
+        ["f", "is wrong"],
+    ]
 
 
 @pytest.mark.parametrize("path", SCRIPTS, ids=lambda path: path.name)

@@ -51,17 +51,31 @@ class ShardTable:
         folder = cache_folder(data) / "tables"
         progress = tqdm(self.shards, desc=f"reading headers of {address}", unit="shard", delay=2, disable=not is_main())
         hashed = sum(os.path.getsize(s.path) for s in self.shards if s.md5sum is not None) <= HASHED_AT_START
-        scans = [_table(shard, folder, hashed) for shard in progress]
+        self._join([_table(shard, folder, hashed) for shard in progress])
+        for line in self.damage:
+            log.warning(line)
+        if not len(self.key):
+            raise UserError(f"the shards of {address!r} hold no samples")
+
+    @classmethod
+    def of_one(cls, shard: Shard) -> ShardTable:
+        """One shard as it is: its headers walked anew, nothing compared with its index or kept; it may hold no samples.
+
+        UserError: nothing can be read of it.
+        """
+        table = cls.__new__(cls)
+        table.shards = [shard]
+        table._join([scan_shard(shard)])
+        return table
+
+    def _join(self, scans: list[tuple[dict[str, np.ndarray], tuple[str, int] | None]]) -> None:
+        """Take the tables and the damage of all shards."""
         tables = [table for table, _ in scans]
         damage = [found for _, found in scans if found is not None]
         self.damage = [line for line, _ in damage]
         self.lost = sum(lost for _, lost in damage)
-        for line in self.damage:
-            log.warning(line)
-        self.sources = len({_source(shard.address) for shard in self.shards})
+        self.sources = len({source_of(shard.address) for shard in self.shards})
         sizes = [len(table["key"]) for table in tables]
-        if not sum(sizes):
-            raise UserError(f"the shards of {address!r} hold no samples")
         joined = {name: np.concatenate([table[name] for table in tables]) for name in tables[0]}
         self.key: np.ndarray = joined["key"]
         self.image: np.ndarray = joined["image"]
@@ -76,6 +90,11 @@ class ShardTable:
         # File descriptors mean nothing in another process; it opens its own.
         return {**self.__dict__, "_open": OrderedDict()}
 
+    def close(self) -> None:
+        """Close the shards' files; reading opens them again."""
+        while self._open:
+            os.close(self._open.popitem()[1])
+
     def describe(self) -> str:
         """One line for the log."""
         merged = f" of {self.sources} sources, numbered anew" if self.sources > 1 else ""
@@ -87,15 +106,7 @@ class ShardTable:
 
     def read_captions(self, image: int) -> Captions:
         """All captions of an image; ids are those of the json where there is one source, else places in the table."""
-        name, kind = self.name(image), int(self.text_kind[image])
-        if kind == NO_TEXT:
-            raise BrokenSample(f"{name}: no json or txt member with captions")
-        raw = self._read(image, self.text[image], MAX_TEXT_BYTES)
-        try:
-            image_id, texts, ids = parse_captions(kind, raw)
-        except ValueError as error:
-            reason = "not UTF-8" if isinstance(error, UnicodeDecodeError) else str(error)
-            raise BrokenSample(f"{name}: captions cannot be read: {reason}") from None
+        image_id, texts, ids = self.read_stored(image)
         if self.sources > 1:
             image_id, ids = None, None
         first = int(self.first_caption[image])
@@ -104,6 +115,18 @@ class ShardTable:
             texts=texts,
             ids=list(range(first, first + len(texts))) if ids is None else ids,
         )
+
+    def read_stored(self, image: int) -> tuple[int | None, list[str], list[int] | None]:
+        """(image id, captions, caption ids) as the member has them; None where it has no id."""
+        name, kind = self.name(image), int(self.text_kind[image])
+        if kind == NO_TEXT:
+            raise BrokenSample(f"{name}: no json or txt member with captions")
+        raw = self._read(image, self.text[image], MAX_TEXT_BYTES)
+        try:
+            return parse_captions(kind, raw)
+        except ValueError as error:
+            reason = "not UTF-8" if isinstance(error, UnicodeDecodeError) else str(error)
+            raise BrokenSample(f"{name}: captions cannot be read: {reason}") from None
 
     def read_image(self, image: int) -> bytes:
         """The image member's bytes."""
@@ -133,7 +156,7 @@ class ShardTable:
         return self._open[shard]
 
 
-def _source(address: str) -> str:
+def source_of(address: str) -> str:
     """What the shards of one data set have in common: the address without the last number in the file's name."""
     folder, _, name = urlparse(address).path.rpartition("/") if is_url(address) else address.rpartition("/")
     return f"{folder}/{re.sub(r'[0-9]+(?=[^0-9]*$)', '', name)}"
@@ -178,14 +201,21 @@ def _walk(shard: Shard, hashed: bool) -> tuple[dict[str, np.ndarray], tuple[str,
 def _compare(shard: Shard, table: dict[str, np.ndarray]) -> None:
     """UserError where the shard differs from its index; takes the md5 sum out of the table."""
     md5 = table.pop("md5")[0].decode()
-    held = len(table["key"])
+    for problem in index_problems(shard, len(table["key"]), md5):
+        raise UserError(problem)
+
+
+def index_problems(shard: Shard, held: int, md5: str) -> list[str]:
+    """What to say of a shard of `held` samples that differs from its index; md5 "": not known."""
+    problems = []
     if shard.nsamples is not None and held != shard.nsamples:
-        raise UserError(f"shard {shard.path} holds {held} samples, its index says {shard.nsamples}: build it again")
+        problems.append(f"shard {shard.path} holds {held} samples, its index says {shard.nsamples}: build it again")
     if md5 and shard.md5sum is not None and md5 != shard.md5sum.lower():
-        raise UserError(
+        problems.append(
             f"shard {shard.path} has md5sum {md5} where its index says {shard.md5sum}: its bytes have changed, copy "
             "or build it again"
         )
+    return problems
 
 
 def _load(cached: Path) -> dict[str, np.ndarray] | None:

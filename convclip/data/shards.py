@@ -62,6 +62,23 @@ def find_shards(address: str, data: Data) -> list[Shard]:
     Raises:
         UserError: a pattern matches nothing, a shard is missing, cut or listed twice, or `pipe:` is not allowed.
     """
+    shards = named_shards(address, data)
+    for shard in shards:
+        if problem := size_problem(shard):
+            raise UserError(problem)
+    return shards
+
+
+def size_problem(shard: Shard) -> str | None:
+    """What to say of a shard whose size is not the one that its index has."""
+    size = os.path.getsize(shard.path)
+    if shard.filesize in (None, size):
+        return None
+    return f"shard {shard.path} has {size} bytes where its index says {shard.filesize}: copy or build it again"
+
+
+def named_shards(address: str, data: Data) -> list[Shard]:
+    """As `find_shards`, with sizes not yet compared with the index."""
     shards = [shard for part in address.split("::") for shard in _expand(part)]
     for shard in shards:
         if shard.address.startswith("pipe:") and not data.allow_pipe:
@@ -76,14 +93,7 @@ def find_shards(address: str, data: Data) -> list[Shard]:
         raise UserError(
             f"{len(missing)} of {len(shards)} shards of {address!r} are missing, the first is {missing[0][:SHOWN]}"
         )
-    shards = _fetch_all(_with_indexes(shards), data)
-    for shard in shards:
-        size = os.path.getsize(shard.path)
-        if shard.filesize is not None and size != shard.filesize:
-            raise UserError(
-                f"shard {shard.path} has {size} bytes where its index says {shard.filesize}: copy or build it again"
-            )
-    return shards
+    return _fetch_all(_with_indexes(shards), data)
 
 
 def cache_folder(data: Data) -> Path:

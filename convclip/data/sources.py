@@ -14,5 +14,9 @@ def open_source(address: str, data: Data) -> SampleSource:
     Raises:
         UserError: nothing readable is there.
     """
-    table = data.format == "csv" or (data.format == "auto" and address.lower().endswith((".csv", ".tsv")))
-    return CsvTable(address, data) if table else ShardTable(address, data)
+    return CsvTable(address, data) if is_csv(address, data) else ShardTable(address, data)
+
+
+def is_csv(address: str, data: Data) -> bool:
+    """Whether an address is taken for a CSV table, not for shards."""
+    return data.format == "csv" or (data.format == "auto" and address.lower().endswith((".csv", ".tsv")))
