@@ -247,6 +247,10 @@ COMMANDS: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
     "plot as a table": (("--recipe", "demo", "--plan", "--plot", "{folder}/lr.csv"), ("lr.csv", ".png, .pdf, .svg")),
     "plot without a plan": (("--recipe", "demo", "--plot", "{folder}/lr.png"), ("--plot goes with --plan",)),
     "json without a plan": (("--recipe", "demo", "--json"), ("--json goes with --plan",)),
+    "other data without a resume": (
+        ("--recipe", "demo", "--resume_other_data"),
+        ("goes with --resume", "--resume auto"),
+    ),
     "data twice": (
         ("--recipe", "demo", "--train_data", "a", "--set", "data.train=b"),
         ("--train_data a", "--set data.train=b", "give one"),
