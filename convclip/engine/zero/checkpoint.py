@@ -26,7 +26,7 @@ from convclip.distributed import alike, gather_objects, is_main, on_main, rank
 from convclip.engine.zero.build import OptimizerSnapshot, restore_snapshot, take_snapshot
 from convclip.engine.zero.masters import is_replicated, master_shards
 from convclip.files import CannotWrite, publish, write_text, writing
-from convclip.models.checkpoint_files import LOCKED, TensorFile, write_tensors
+from convclip.models.checkpoint_files import LOCKED, TensorFile, is_finite, write_tensors
 from convclip.models.checkpoint_weights import (
     RunState,
     best_checkpoint,
@@ -46,7 +46,7 @@ def save_locked(model: nn.Module, trainable: set[str], folder: Path, run: str = 
     Errors: UserError on every rank, of a file that cannot be written and of a weight that is not finite.
     """
     locked = {n: p.detach().cpu().contiguous() for n, p in model.named_parameters() if n not in trainable}
-    bad = next((name for name, value in locked.items() if not value.isfinite().all()), None)
+    bad = next((name for name, value in locked.items() if not is_finite(value)), None)
     if bad is not None:
         raise UserError(f"{bad} of the model to train has values that are not finite: check its pretrained weights")
 
@@ -155,19 +155,15 @@ def _refuse_not_finite(engine: DeepSpeedEngine, step: int) -> None:
     snapshot, found = take_snapshot(engine), None
     for shard, master, state in zip(master_shards(engine), snapshot.masters, snapshot.states, strict=True):
         for what, value in (("", master), *state.items()):
-            if found is None and isinstance(value, Tensor) and not _is_finite(value):
+            if found is None and isinstance(value, Tensor) and not is_finite(value):
                 found = f"{what} {shard.pieces[0].parameter if shard.pieces else ''} …".strip()
-    bad = [name for name, value in _buffers(engine.module).items() if not _is_finite(value)]
+    bad = [name for name, value in _buffers(engine.module).items() if not is_finite(value)]
     problems = [problem for problem in gather_objects(found or (bad[0] if bad else None)) if problem]
     if problems:
         raise UserError(
             f"stopped at step {step}, and not saved: {problems[0]} has values that are not finite; resume from the "
             f"last checkpoint with a lower optim.lr, set optim.clip_grad_norm, or use bf16 or fp32"
         )
-
-
-def _is_finite(value: Tensor) -> bool:
-    return not value.is_floating_point() or bool(value.isfinite().all())
 
 
 def _read_rank(engine: DeepSpeedEngine, path: Path) -> tuple[OptimizerSnapshot, dict[str, Tensor], RandomState]:
