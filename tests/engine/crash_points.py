@@ -24,6 +24,21 @@ WRITES = os.O_WRONLY | os.O_RDWR | os.O_CREAT | os.O_TRUNC
 _recorders: list[Recorder] = []
 
 
+def copy_standing(folder: Path, place: Path) -> None:
+    """Copy a run's folder while another rank may be writing into it: what is renamed meanwhile is left out."""
+    place.mkdir(parents=True)
+    for path in sorted(folder.rglob("*")):
+        target = place / path.relative_to(folder)
+        try:
+            if path.is_dir():
+                target.mkdir(parents=True, exist_ok=True)
+            else:
+                target.parent.mkdir(parents=True, exist_ok=True)
+                shutil.copy2(path, target)
+        except FileNotFoundError:
+            continue
+
+
 class Recorder:
     """Copies `folder` to `into`/000, 001, … before each operation in it; one of equal copies is kept.
 
@@ -48,7 +63,7 @@ class Recorder:
         self._busy = True
         self.operations += torn is None
         place = self.into / f"{len(self.points):03d}"
-        shutil.copytree(self.folder, place) if self.folder.exists() else place.mkdir(parents=True)
+        copy_standing(self.folder, place)
         if torn is not None:
             with open(place / torn[0], "ab") as file:
                 file.write(torn[1])
