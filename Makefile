@@ -5,7 +5,7 @@ VENV ?= .venv
 RUN := PATH="$(abspath $(VENV))/bin:$$PATH"
 STAMP := $(VENV)/.installed
 
-.PHONY: demo test test-full lint clean
+.PHONY: demo test test-full campaign lint clean
 
 demo: $(STAMP)
 	rm -rf demo/data demo/shards demo/run
@@ -26,6 +26,10 @@ test: $(STAMP)
 # Also what is marked `full`, which takes minutes more.
 test-full: $(STAMP)
 	CONVCLIP_FULL=1 $(RUN) python -m pytest --numprocesses 2 --dist loadfile
+
+# Broken inputs by the hundred: each must be refused in one line, counted, or make no difference.
+campaign: $(STAMP)
+	$(RUN) python -m tests.campaign --cases 1500 --seed 0
 
 lint: $(STAMP)
 	$(RUN) ruff check

@@ -1,0 +1,29 @@
+"""Every kind of broken input, and its weight: about how many of 1,500 cases it gets."""
+
+from __future__ import annotations
+
+from tests.campaign import data_kinds, model_kinds, settings_kinds
+from tests.campaign.judge import Kind
+
+_WEIGHTED: tuple[tuple[Kind, int], ...] = (
+    (settings_kinds.recipes, 220),
+    (settings_kinds.overrides, 180),
+    (settings_kinds.ds_configs, 180),
+    (data_kinds.shards, 140),
+    (data_kinds.indexed_shards, 80),
+    (data_kinds.listed_data, 60),
+    (data_kinds.csv_tables, 100),
+    (data_kinds.annotations, 120),
+    (data_kinds.images, 160),
+    (model_kinds.feature_stores, 90),
+    (model_kinds.frame_stores, 80),
+    (model_kinds.runs, 50),
+    (model_kinds.run_tensors, 20),
+    (model_kinds.exports, 40),
+    (model_kinds.weight_files, 80),
+    (model_kinds.tokenizers, 50),
+    (model_kinds.captions, 50),
+    (model_kinds.videos, 40),
+)
+KINDS: dict[str, Kind] = {kind.__name__: kind for kind, _ in _WEIGHTED}
+WEIGHTS = {kind.__name__: weight for kind, weight in _WEIGHTED}
