@@ -74,3 +74,11 @@ def test_no_script_ends_in_a_way_of_its_own(path):
     text = path.read_text(encoding="utf-8")
     assert "run(" in text and "from convclip.command_line import" in text
     assert not [words for words in ("except UserError", "except KeyboardInterrupt", '"--set"') if words in text]
+
+
+def test_a_message_is_one_line_of_bounded_length():
+    """Whatever it quotes: the beginning says where, the end what to do."""
+    short = "data.csv: no column\nx: rename it"
+    assert str(UserError(short)) == "data.csv: no column x: rename it"
+    message = str(UserError(f"data.csv: no column {'x' * 10_000}: rename it"))
+    assert len(message) == 600 and message.startswith("data.csv: no") and message.endswith("x: rename it")

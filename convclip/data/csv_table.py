@@ -76,13 +76,17 @@ class CsvTable:
         csv.field_size_limit(MAX_CELL)
         try:
             with open(self.path, newline="", encoding="utf-8-sig", errors="surrogateescape") as file:
-                reader = csv.DictReader(file, delimiter=_separator(data.csv_separator))
+                # strict: a quote that is never closed would take the rest of the file into its cell.
+                reader = csv.DictReader(file, delimiter=_separator(data.csv_separator), strict=True)
                 self._check_columns(reader.fieldnames or [], data)
                 self._group(reader, data)
         except OSError as error:
             raise UserError(f"data file {self.path} cannot be read: {error.strerror}") from None
         except csv.Error as error:
-            raise UserError(f"{self.path} is no readable CSV file ({error})") from None
+            raise UserError(
+                f"{self.path} is no readable CSV file (line {reader.reader.line_num}: {error}): a cell that begins "
+                "with a quote must end with one, and a quote inside it stands twice"
+            ) from None
 
     def _check_columns(self, present: Sequence[str], data: Data) -> None:
         for key, field in ((data.csv_image_key, "csv_image_key"), (data.csv_caption_key, "csv_caption_key")):

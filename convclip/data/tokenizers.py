@@ -69,7 +69,8 @@ def _load_hugging_face(tower: schema.TextTowerConfig) -> Any:
     loader = GPT2TokenizerFast if bare and "tokenizer.json" not in os.listdir(name) else AutoTokenizer
     try:
         tokenizer = loader.from_pretrained(name)
-    except (OSError, ValueError, KeyError, ImportError):
+    # The tokenizers package raises a bare Exception for a file that it cannot read.
+    except Exception:
         files = "tokenizer.json and tokenizer_config.json, or vocab.json and merges.txt"
         where = f"folder {name} holds no readable tokenizer"
         if not os.path.isdir(name):

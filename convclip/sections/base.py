@@ -6,9 +6,22 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
+# Characters of a message to a user.
+LONGEST_MESSAGE = 600
+
 
 class UserError(Exception):
-    """A mistake of the user's: launch and tool scripts print its one line and exit with code 2."""
+    """A mistake of the user's: launch and tool scripts print its one line and exit with code 2.
+
+    What a message quotes comes from anywhere and has any length: beyond LONGEST_MESSAGE the middle is left out, and a
+    line break is a space, so that it stays one line that can be read, with what to do at its end.
+    """
+
+    def __str__(self) -> str:
+        line = " ".join(super().__str__().splitlines())
+        if len(line) <= LONGEST_MESSAGE:
+            return line
+        return f"{line[: LONGEST_MESSAGE // 2]} … {line[3 - LONGEST_MESSAGE // 2 :]}"
 
 
 # Largest picture or video frame that is decoded, width x height by its header: decoded it is 192 MB.

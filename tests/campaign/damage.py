@@ -9,58 +9,15 @@ from pathlib import Path
 from typing import Any
 
 # What stands in a file where something else belongs. JSON can write every one of them, and YAML too.
+_TEXTS = ("", " ", "x", "0", "1e5", "true", "null", "auto", "é", "\u202e", "a\nb", "x" * 300, "../../etc/passwd")
 BAD_VALUES: tuple[Any, ...] = (
     *(None, True, False, 0, 1, -1, 2, 3.5, -0.0, 1e-300, 1e300, 10**6, 10**12, 2**31, 2**63, 2**64, 10**30, -(2**63)),
-    *(
-        "",
-        " ",
-        "x",
-        "0",
-        "1e5",
-        "true",
-        "null",
-        "auto",
-        "é",
-        "\u202e",
-        "a\nb",
-        "x" * 300,
-        "../../etc/passwd",
-        "/dev/zero",
-    ),
+    *(*_TEXTS, "/dev/zero"),
     *([], [[]], [1, 2, 3], ["x"], [None], {}, {"a": 1}, {"": ""}, {"enabled": True}, [[[[[[1]]]]]]),
 )
 JUNK = (
-    b"\x00",
-    b"\xff",
-    b"\xff\xfe",
-    b"\n",
-    b"\r",
-    b"\t",
-    b'"',
-    b"'",
-    b"{",
-    b"}",
-    b"[",
-    b"]",
-    b":",
-    b",",
-    b"#",
-    b"&a ",
-)
-JUNK += (
-    b"*a",
-    b"!!int ",
-    b"---\n",
-    b"<<: ",
-    b"|",
-    b">",
-    b"%",
-    b"@",
-    b"1e999",
-    b"NaN",
-    b"-",
-    b"\xef\xbb\xbf",
-    b"\\ud800",
+    *(b"\x00", b"\xff", b"\xff\xfe", b"\n", b"\r", b"\t", *b"\" ' { } [ ] : , #".split()),
+    *(b"&a ", b"*a", b"!!int ", b"---\n", b"<<: ", *b"| > % @ 1e999 NaN -".split(), b"\xef\xbb\xbf", b"\\ud800"),
 )
 
 

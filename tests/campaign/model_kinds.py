@@ -196,19 +196,8 @@ def tokenizers(folder: Path, rng: random.Random) -> str:
 
 
 CAPTIONS: tuple[Any, ...] = (
-    *(
-        "",
-        " ",
-        "\n\n",
-        "\0",
-        "a\0b",
-        "x" * 100_000,
-        "é" * 9999,
-        "\u202e\u200f\u200b",
-        "\ud800",
-        "a\udfffb",
-        "👩‍👩‍👧‍👦" * 50,
-    ),
+    *("", " ", "\n\n", "\0", "a\0b", "x" * 100_000, "é" * 9999, "\u202e\u200f\u200b", "\ud800", "a\udfffb"),
+    "👩‍👩‍👧‍👦" * 50,
     *("<|endoftext|>", "<start_of_text> x", "&amp;amp;", "%s %d {0}", "a " * 5000, "\ufeffx", "\u0000\uffff", "א" * 40),
     *(None, 3, 3.5, float("nan"), True, b"bytes", ["a list"], {"a": 1}, ("x",), object, Path("x")),
 )

@@ -103,18 +103,8 @@ DS_KEYS = (
     *(f"zero_optimization.offload_optimizer.{key}" for key in Offload.model_fields),
     *(f"zero_optimization.offload_param.{key}" for key in Offload.model_fields),
     *("train_batch_size", "train_micro_batch_size_per_gpu", "gradient_accumulation_steps", "gradient_clipping"),
-    *(
-        "zero_optimization",
-        "bf16",
-        "fp16",
-        "optimizer",
-        "scheduler",
-        "amp",
-        "steps_per_print",
-        "dump_state",
-        "x",
-        "seed",
-    ),
+    *("zero_optimization", "bf16", "fp16", "optimizer", "scheduler", "amp", "steps_per_print"),
+    *("dump_state", "x", "seed"),
 )
 
 

@@ -84,3 +84,15 @@ def test_broken_rows_break_alone(folder):
         assert table.read_captions(image).usable("", 0)
         with pytest.raises(BrokenSample, match=r"t.csv:"):
             table.read_image(image)
+
+
+@pytest.mark.parametrize(
+    ("rows", "line"),
+    [('0.jpg,"a\n1.jpg,b\n2.jpg,c\n', 4), ('0.jpg,"a\n1.jpg,"b, c"\n2.jpg,d\n', 3), ('0.jpg,"a" b\n', 2)],
+)
+def test_a_quote_that_is_not_closed_swallows_no_rows(folder, rows, line):
+    (folder / "t.csv").write_text(f"filepath,title\n{rows}")
+    with pytest.raises(
+        UserError, match=rf"t\.csv is no readable CSV file \(line {line}: .*a quote inside it stands twice"
+    ):
+        CsvTable(str(folder / "t.csv"), Data())

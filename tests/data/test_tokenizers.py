@@ -2,6 +2,7 @@
 
 import json
 import pickle
+import shutil
 
 import open_clip
 import pytest
@@ -68,6 +69,11 @@ def test_user_errors(gpt2_folder, tmp_path):
         build_tokenizer(TextTowerConfig(kind="gpt2"))
     with pytest.raises(UserError, match="holds no readable tokenizer"):
         build_tokenizer(_tower(tmp_path))
+    for content in (b"", b'{"a": ', b"\xff\xfe", b"{}"):
+        shutil.copytree(gpt2_folder, tmp_path / "broken", dirs_exist_ok=True)
+        (tmp_path / "broken" / "vocab.json").write_bytes(content)
+        with pytest.raises(UserError, match="broken holds no readable tokenizer"):
+            build_tokenizer(_tower(tmp_path / "broken"))
     with pytest.raises(UserError, match=r"vocab_size is 100, but .* has 259 ids"):
         build_tokenizer(_tower(gpt2_folder, vocab_size=100))
     with pytest.raises(UserError, match="vocab_size"):

@@ -12,7 +12,7 @@ from transformers import GPT2Config, GPT2Model
 from convclip import schema
 from convclip.models import build_model
 from convclip.models.reference_head import load_reference_head
-from convclip.models.weights import load_exact, load_pretrained
+from convclip.models.weights import load_exact, load_pretrained, read_weights
 
 TEXT = {"width": 32, "heads": 4, "layers": 2, "vocab_size": 100, "context_length": 20}
 VISION = {"timm_model_name": "convnextv2_atto", "timm_pool": "", "timm_proj": "linear", "image_size": 64}
@@ -245,6 +245,24 @@ def test_a_cut_file_is_one_clear_line(tmp_path, name, share):
     with pytest.raises(schema.UserError, match="damaged, cut short or no weight file") as caught:
         load(both_from=str(path))
     assert str(path) in str(caught.value) and "\n" not in str(caught.value)
+
+
+def test_a_changed_bit_in_a_torch_file_is_seen(tmp_path):
+    """torch.load does not compare the checksums that torch.save writes."""
+    path = tmp_path / "w.pt"
+    torch.save({"a": torch.ones(1000)}, path)
+    content = bytearray(path.read_bytes())
+    content[content.index(torch.ones(8).numpy().tobytes()) + 1] ^= 1
+    path.write_bytes(content)
+    assert not torch.equal(torch.load(path, weights_only=True)["a"], torch.ones(1000))
+    with pytest.raises(schema.UserError, match=r"w\.pt: damaged.*CRC"):
+        read_weights(str(path))
+    torch.serialization.set_crc32_options(False)
+    try:
+        torch.save({"a": torch.ones(1000)}, path)
+    finally:
+        torch.serialization.set_crc32_options(True)
+    assert torch.equal(read_weights(str(path))["a"], torch.ones(1000))
 
 
 class Unsafe:
