@@ -87,6 +87,15 @@ def publish(temporary: Path, path: Path) -> None:
     _sync(path.parent)
 
 
+def remove_folder(path: Path) -> None:
+    """Remove a folder if it is there; under another name first, so that nobody finds a part of it."""
+    away = path.with_name(path.name + ".old.part")
+    shutil.rmtree(away, ignore_errors=True)
+    if path.exists():
+        os.replace(path, away)
+        shutil.rmtree(away, ignore_errors=True)
+
+
 def write_text(path: str | Path, text: str, flag: str = "") -> None:
     """Write a small UTF-8 file whole or not at all. Errors: CannotWrite."""
     with whole_file(path, flag) as part:

@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import contextlib
 import json
-import os
 import shutil
 from collections.abc import Iterable, Mapping
 from pathlib import Path
@@ -25,7 +24,7 @@ from convclip.devices import RandomState
 from convclip.distributed import alike, gather_objects, is_main, on_main, rank
 from convclip.engine.zero.build import OptimizerSnapshot, restore_snapshot, take_snapshot
 from convclip.engine.zero.masters import is_replicated, master_shards
-from convclip.files import CannotWrite, publish, write_text, writing
+from convclip.files import CannotWrite, publish, remove_folder, write_text, writing
 from convclip.models.checkpoint_files import LOCKED, TensorFile, is_finite, write_tensors
 from convclip.models.checkpoint_weights import (
     RunState,
@@ -88,7 +87,7 @@ def save_checkpoint(engine: DeepSpeedEngine, folder: Path, state: RunState) -> P
     def show() -> None:
         with writing(target):
             # One of that step is there where a run goes on from an older checkpoint, or was killed before `latest`.
-            _remove_folder(target)
+            remove_folder(target)
             publish(part, target)
 
     on_main(show)
@@ -138,16 +137,7 @@ def _remove_old(run_folder: Path, keep_last: int, later: bool) -> None:
     kept.update([path for path in found if step_of(path) <= state.step][-keep_last:])
     for path in found:
         if path not in kept and (later or step_of(path) <= state.step):
-            _remove_folder(path)
-
-
-def _remove_folder(path: Path) -> None:
-    """Remove a checkpoint if it is there; under another name first, so that nobody finds a part of it."""
-    away = path.with_name(path.name + ".old.part")
-    shutil.rmtree(away, ignore_errors=True)
-    if path.exists():
-        os.replace(path, away)
-        shutil.rmtree(away, ignore_errors=True)
+            remove_folder(path)
 
 
 def _refuse_not_finite(engine: DeepSpeedEngine, step: int) -> None:
