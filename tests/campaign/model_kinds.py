@@ -7,6 +7,7 @@ import json
 import random
 import shutil
 import tempfile
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +18,8 @@ from torch import Tensor
 import convclip
 from convclip.data.tokenizers import build_tokenizer
 from convclip.features.reader import FeatureStore
+from convclip.models.checkpoint_files import LOCKED, TensorFile, write_tensors
+from convclip.models.checkpoint_weights import FORMAT, rank_file, read_state, write_state
 from convclip.models.checkpoint_weights import read_weights as checkpoint_weights
 from convclip.models.weights import read_weights
 from convclip.schema import TextTowerConfig
@@ -29,6 +32,7 @@ from tests.features.extraction import ARRAYS, IDENTITY, ITEMS, extract, features
 
 FIXTURE = REPOSITORY / "tests" / "fixtures" / "0.1.0"
 TEXTS = ["a red square", "7 is blue", "", "a caption that is far longer than the sixteen tokens of the context"]
+STEPS, CHECKPOINT = (3, 9), "checkpoints/step-{:08d}"
 TEXT = TextTowerConfig(width=16, heads=2, layers=2, context_length=16, vocab_size=259)
 
 
@@ -104,36 +108,52 @@ def frame_stores(folder: Path, rng: random.Random) -> str:
 
 @functools.cache
 def _embedded(source: str) -> Tensor:
+    """The captions by `source` of the fixture, undamaged."""
     return convclip.load(FIXTURE / source, tokenizer=FIXTURE / "tokenizer").embed_texts(TEXTS, progress=False)
 
 
+@functools.cache
+def _run() -> Path:
+    """The fixture's run as the present convclip would have written it: each file says whose it is, with checksums."""
+    run = _kept() / "run"
+    shutil.copytree(FIXTURE / "run", run)
+    locked = run / "checkpoints" / LOCKED
+    identity = write_tensors(load_file(locked), locked, {"run": "campaign"})
+    for step in STEPS:
+        checkpoint = run / CHECKPOINT.format(step)
+        state = read_state(checkpoint)
+        origin = {"run": "campaign", "step": step, "rank": 0}
+        path = checkpoint / rank_file(0)
+        write_tensors(load_file(path), path, origin, TensorFile(path).layout)
+        recipe = (run / "recipe.yaml").read_text()
+        write_state(checkpoint, replace(state, format=FORMAT, run="campaign", locked=identity, recipe=recipe))
+    return run
+
+
 def runs(folder: Path, rng: random.Random) -> str:
-    """A run's folder with one file of it damaged; tensors apart (`run_tensors`): loaded and read, or refused."""
-    return _broken_run(folder, rng, [path for path in _files(FIXTURE / "run") if path.suffix != ".safetensors"])
+    """A run's folder with one file of it damaged, weights apart (`run_tensors`): loaded and read, or refused."""
+    return _broken_run(folder, rng, [path for path in _files(_run()) if path.suffix != ".safetensors"])
 
 
 def run_tensors(folder: Path, rng: random.Random) -> str:
-    """A run's folder with a damaged weight file."""
-    return _broken_run(folder, rng, [path for path in _files(FIXTURE / "run") if path.suffix == ".safetensors"])
+    """A run's folder with a damaged weight file. (Those of 0.1.0 have no checksums: nobody sees a changed bit.)"""
+    return _broken_run(folder, rng, [path for path in _files(_run()) if path.suffix == ".safetensors"])
 
 
 def _broken_run(folder: Path, rng: random.Random, files: list[Path]) -> str:
     run = folder / "run"
-    shutil.copytree(FIXTURE / "run", run)
-    broken_file(run / rng.choice(files).relative_to(FIXTURE / "run"), rng)
+    shutil.copytree(_run(), run)
+    broken_file(run / rng.choice(files).relative_to(_run()), rng)
     clip = convclip.load(run, tokenizer=FIXTURE / "tokenizer")
-    if not torch.equal(clip.embed_texts(TEXTS, progress=False), _embedded("run")):
+    # Without `best` the `latest` is taken, as convclip.load says.
+    expected = _embedded("run" if (run / "best").is_file() else f"run/{CHECKPOINT.format(STEPS[-1])}")
+    if not torch.equal(clip.embed_texts(TEXTS, progress=False), expected):
         raise Wrong("other embeddings")
-    for step in (3, 9):
-        found = checkpoint_weights(run / "checkpoints" / f"step-{step:08d}")
-        if not _equal(found, _checkpoint(step)):
+    for step in STEPS:
+        found = checkpoint_weights(run / CHECKPOINT.format(step))
+        if not _equal(found, checkpoint_weights(FIXTURE / "run" / CHECKPOINT.format(step))):
             raise Wrong(f"other weights of step {step}")
     return RIGHT
-
-
-@functools.cache
-def _checkpoint(step: int) -> dict[str, Tensor]:
-    return checkpoint_weights(FIXTURE / "run" / "checkpoints" / f"step-{step:08d}")
 
 
 def exports(folder: Path, rng: random.Random) -> str:
