@@ -25,7 +25,7 @@ def load(
     recipe: str | Path | Recipe | None = None,
     tokenizer: str | Path | None = None,
 ) -> Clip:
-    """A trained image-text model, ready to embed pictures and captions; no DeepSpeed and no process group is needed.
+    """A trained image-text model, ready to embed images and captions; no DeepSpeed and no process group is needed.
 
     `source`: a run's folder (its `best` checkpoint, else its `latest`), a checkpoint's folder, an export's folder, or
     a weight file, with `recipe` (a name, a YAML file or a Recipe) saying which model it holds.

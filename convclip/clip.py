@@ -1,6 +1,6 @@
-"""A trained dual tower to use: pictures and captions to embeddings, without DeepSpeed. `convclip.load` gives one.
+"""A trained dual tower to use: images and captions to embeddings, without DeepSpeed. `convclip.load` gives one.
 
-Shapes: N pictures, T captions, D embed, S image side, H.W a picture as stored.
+Shapes: N images, T captions, D embed, S image side, H.W an image as stored.
 """
 
 from __future__ import annotations
@@ -33,13 +33,13 @@ from convclip.models.weights import HUB, load_exact
 from convclip.schema import Recipe, UserError
 
 TOKENIZER_FILES = ("tokenizer.json", "vocab.json")
-# Decoding pictures leaves Python's lock alone; more threads than this do not feed a tower faster.
+# Decoding releases Python's lock; more threads than this do not feed a tower faster.
 THREADS = min(8, os.cpu_count() or 1)
 
-# Pillow decodes a picture when it is first used, and one picture may stand in a list twice.
+# Pillow decodes an image when it is first used, and one image may stand in a list twice.
 _DECODING = threading.Lock()
 
-# A path, a picture, or uint8 pixels [3, H, W].
+# A path, an image, or uint8 pixels [3, H, W].
 Picture: TypeAlias = str | Path | Image.Image | Tensor
 Row = TypeVar("Row")
 
@@ -48,7 +48,7 @@ Row = TypeVar("Row")
 class Clip:
     """A dual tower in eval mode on `device`, whose parameters take no gradients, with what feeds it.
 
-    `transform` turns a PIL picture into uint8 [3, S, S], as in evaluation; `tokenizer` turns captions into token ids
+    `transform` turns a PIL image into uint8 [3, S, S], as in evaluation; `tokenizer` turns captions into token ids
     int64 [T, context length], cut as in training. `recipe` is that of the run; None for an export, which holds the
     model's part of it alone. `config` is that part. `logit_scale` is exponentiated; `logit_bias` is the sigmoid loss's.
     """
@@ -65,13 +65,13 @@ class Clip:
 
     @torch.no_grad()
     def embed_images(self, images: Picture | Iterable[Picture], batch: int = 64, progress: bool = True) -> Tensor:
-        """Pictures -> float32 [N, D] of unit length, on the CPU. One picture is a list of one: [1, D]; none: [0, D].
+        """Images -> float32 [N, D] of unit length, on the CPU. One image is a list of one: [1, D]; none: [0, D].
 
-        Each is a path, a PIL picture, or a uint8 tensor [3, H, W] of values 0..255; a tensor may be [N, 3, H, W] as
+        Each is a path, a PIL image, or a uint8 tensor [3, H, W] of values 0..255; a tensor may be [N, 3, H, W] as
         well. All are resized, cropped and normalised as in evaluation; like there, an EXIF rotation is not applied.
-        `batch` pictures are computed at a time. `progress` shows a bar when it takes more than two seconds.
+        `batch` images are computed at a time. `progress` shows a bar when it takes more than two seconds.
 
-        Errors: UserError names a picture that cannot be read, is broken, or exceeds `data.max_image_pixels`.
+        Errors: UserError names an image that cannot be read, is broken, or exceeds `data.max_image_pixels`.
         """
         tower = self.config.image
         with ThreadPoolExecutor(THREADS) as threads:
@@ -101,7 +101,7 @@ class Clip:
     def similarity(self, image_embeddings: Tensor, text_embeddings: Tensor) -> Tensor:
         """Logits float32 [N, T] on the CPU: the logit scale x the cosine, plus the logit bias where there is one.
 
-        A softmax over a row gives the probabilities of captions for a picture. With a sigmoid loss's bias, a sigmoid
+        A softmax over a row gives the probabilities of captions for an image. With a sigmoid loss's bias, a sigmoid
         gives the probability of each pair by itself.
         """
         cosine = image_embeddings.float().cpu() @ text_embeddings.float().cpu().T
@@ -120,7 +120,7 @@ class Clip:
             raise UserError(f"batch {batch} is not a number of rows: give 1 or more")
         found = torch.empty(len(rows), self.config.embed_dim)
         numbered = list(enumerate(rows))
-        # Nothing is shown of work that ends within two seconds.
+        # Work that ends within two seconds shows no bar.
         with tqdm(total=len(rows), desc=what, delay=2, disable=not progress) as bar:
             for first in range(0, len(rows), batch):
                 part = numbered[first : first + batch]
@@ -129,7 +129,7 @@ class Clip:
         return found
 
     def _pixels(self, numbered: tuple[int, Picture]) -> Tensor:
-        """Picture number i as uint8 [3, S, S]; UserError names its path, or its number where it has none."""
+        """Image number i as uint8 [3, S, S]; UserError names its path, or its number where it has none."""
         number, picture = numbered
         limit = (self.recipe.data if self.recipe else schema.Data()).max_image_pixels
         name = str(picture) if isinstance(picture, str | Path) else f"picture {number}"
@@ -145,7 +145,7 @@ class Clip:
                 return self.transform(plain_picture(picture))
         except BrokenSample as error:
             raise UserError(f"{error}: mend this picture or leave it out") from None
-        # Pillow decodes a picture that somebody else opened only now, and its decoders raise nearly anything.
+        # Pillow decodes an image that somebody else opened only now, and its decoders raise nearly anything.
         except (OSError, ValueError, SyntaxError, OverflowError, MemoryError) as error:
             reason = getattr(error, "strerror", None) or " ".join(str(error).split()) or type(error).__name__
             raise UserError(f"{name}: {reason}: mend this picture or leave it out") from None
@@ -163,7 +163,7 @@ def load_clip(
 ) -> Clip:
     """What `convclip.load` gives; it says what the arguments are. Errors: UserError."""
     place, precision = pick_device(device), _precision(dtype)
-    # Building a tower draws weights, and the caller's random numbers are the caller's.
+    # Building a tower draws random weights: the caller's generators must not move.
     with torch.random.fork_rng(devices=[]):
         model, config, own = _read(source, recipe)
     scale = model.logit_scale.detach().exp().item()
@@ -258,7 +258,7 @@ def _as_list(images: Picture | Iterable[Picture]) -> list[Picture]:
 
 
 def _picture_of(pixels: Tensor) -> Image.Image:
-    """uint8 [3, H, W] as a PIL picture; ValueError for anything else."""
+    """uint8 [3, H, W] as a PIL image; ValueError for anything else."""
     if pixels.dtype != torch.uint8 or pixels.ndim != 3 or pixels.shape[0] != 3 or not pixels.numel():
         raise ValueError(f"a tensor {tuple(pixels.shape)} of {pixels.dtype} is not uint8 [3, H, W], RGB of 0 to 255")
     return Image.fromarray(pixels.permute(1, 2, 0).cpu().numpy())

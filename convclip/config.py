@@ -160,14 +160,14 @@ def _apply_override(values: dict[str, Any], override: str) -> None:
         _list_item(node, last, override)
         node[int(last)] = value
         return
-    # The short form of a section, which is one word, leaves alone what it does not speak of.
+    # The one-word form of a section changes only the fields that it stands for.
     long, before = _long_form(key.split("."), value), _long_form(key.split("."), node.get(last))
     merges = long is not value and isinstance(before, dict)
     node[last] = {**before, **long} if merges else long
 
 
 def _long_form(place: Sequence[str], value: Any) -> Any:
-    """The value of the section at `place`, should there be one, in its long form."""
+    """`value` in the long form of the section at `place`; unchanged where no section is there."""
     section = _section_at(Recipe, place)
     return value if section is None else section.long_form(value)
 

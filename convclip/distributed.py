@@ -112,7 +112,7 @@ def on_main(work: Callable[[], T]) -> T:
 
 
 def alike(work: Callable[[], T]) -> T:
-    """`work()` of every rank; where it raises on one, every rank raises, a rank that went well what the first did."""
+    """`work()` on every rank. If it raises on any, all raise: a rank where it succeeded raises the first error."""
     if world_size() == 1:
         return work()
     value, error = _attempt(work)

@@ -87,7 +87,7 @@ def parse_yaml(text: str, source: str) -> Any:
         raise UserError(_one_line(f"{source}: not valid YAML: {line}{error.problem or error.context}")) from None
     except RecursionError:
         raise UserError(f"{source}: not valid YAML here: nested more than {MAX_DEPTH} levels deep") from None
-    # What a tag promises and its text does not keep: !!int x, !!bool x, !!int "", and integers of 5,000 digits.
+    # Text that does not fit its tag: !!int x, !!bool x, !!int "", and integers of 5,000 digits.
     except (yaml.YAMLError, ValueError, LookupError) as error:
         raise UserError(_one_line(f"{source}: not valid YAML: {error}")) from None
 

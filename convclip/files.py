@@ -81,7 +81,7 @@ def whole_folder(path: str | Path, flag: str = "") -> Iterator[Path]:
 
 
 def publish(temporary: Path, path: Path) -> None:
-    """Give a written file, or a folder of synced files, its name: that is on the disk only after the content."""
+    """Rename a written file, or a folder of synced files, to its final name, once its content is on the disk."""
     _sync(temporary)
     os.replace(temporary, path)
     _sync(path.parent)

@@ -73,7 +73,7 @@ def train_recipe(
         logger.info(f"newly initialised: {', '.join(report.new[:6])}{' …' if len(report.new) > 6 else ''}")
     logger.info(parts.loader.describe())
     summary = trainer.fit()
-    # A rank that leaves while others are still writing would take their connections with it.
+    # A rank that exits while others still write would close their connections.
     barrier()
     return summary
 
@@ -90,11 +90,11 @@ def evaluate_checkpoint(
     """Figures of a run's best checkpoint (or the one that `place` is) on `data`, printed and written to eval.jsonl.
 
     Any ZeRO stage and world size may have trained it. `zero_shot` is a folder of classnames.txt, templates.txt and a
-    sub-folder of pictures for each class. Errors: UserError names what is missing or damaged.
+    sub-folder of images for each class. Errors: UserError names what is missing or damaged.
     """
     folder, data = Path(folder), str(data)
     on_main(lambda: _open_output(folder))
-    # The run, not the checkpoint, is settled here: a run that trains meanwhile moves on.
+    # Only the run is fixed here. Its best checkpoint may still change while it trains.
     run = on_main(lambda: checkpoint_path(place)).parent.parent
     task = open_task(load_recipe(run / "recipe.yaml", overrides))
     classes = task.zero_shot(Path(zero_shot)) if zero_shot is not None else None
@@ -123,7 +123,7 @@ def _precision_name(dtype: str) -> str:
 
 
 def _evaluated_as(precision: str, trained: str, overrides: Sequence[str]) -> str:
-    """What a table has to say of itself: its precision beside the run's, and a recipe that is not the run's."""
+    """Lines above a table: its precision, the run's where that differs, and the overrides of the run's recipe."""
     lines = [f"evaluated in {precision}"]
     if precision != trained:
         lines[0] += (

@@ -208,7 +208,7 @@ def dealt_batches(dataset: Dataset, size: int, rank: int, world: int, batch: int
     plan = []
     for first in range(start, stop, batch):
         rows = range(first, min(first + batch, stop))
-        # A fill-up row still has to be some row, so that tensors have their shape: the last one, then zeroed.
+        # Padding rows read the last row, for its shape, and are zeroed below.
         plan.append([min(row, size - 1) for row in rows])
     with plain_worker_errors():
         for first, values in zip(range(start, stop, batch), _loader(dataset, plan, workers), strict=True):
@@ -227,7 +227,7 @@ def listed_batches(dataset: Dataset, numbers: Sequence[int], batch: int, workers
 
 
 def _loader(dataset: Dataset, plan: list, workers: int) -> DataLoader:
-    # The generator of its own leaves the model's random stream as it is.
+    # A generator of its own, so that the model's does not move.
     return DataLoader(
         dataset, sampler=plan, batch_size=None, num_workers=workers, collate_fn=_as_is, generator=torch.Generator()
     )

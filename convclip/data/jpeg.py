@@ -1,6 +1,6 @@
-"""One picture on its way into a shard: sound JPEG bytes as they are, everything else decoded and written as JPEG.
+"""One image on its way into a shard: sound JPEG bytes as they are, everything else decoded and written as JPEG.
 
-A picture is skipped (`SkippedImage`, with the reason) when it is empty or larger than MAX_BYTES, has more than
+An image is skipped (`SkippedImage`, with the reason) when it is empty or larger than MAX_BYTES, has more than
 MAX_PIXELS by its header (so before anything is decoded), is in no known format, or does not decode.
 
 What "sound" means. A full decode costs ten times a copy (1.5 ms against 0.15 ms for a COCO image), and decoding at an
@@ -8,7 +8,7 @@ eighth of the size saves only a fifth of that. So a plain JPEG is accepted undec
 bytes are the end-of-image marker, and the compressed data holds no marker that may not be there. A file that fails this
 test, or is progressive (the test says less about those), is decoded in full, and Pillow decides. On COCO images damaged
 at random, the test finds every truncation, zeroed tail, and overwritten or removed block that a full decode finds. It
-misses most damage to the Huffman and quantisation tables in the header; the reader skips those pictures.
+misses most damage to the Huffman and quantisation tables in the header; the reader skips those images.
 """
 
 from __future__ import annotations
@@ -33,11 +33,11 @@ FOREIGN_MARKER = re.compile(rb"\xff[\x01-\xcf\xd8-\xfe]")
 
 
 class SkippedImage(Exception):
-    """A picture that cannot go into a shard; the message is the reason."""
+    """An image that cannot go into a shard; the message is the reason."""
 
 
 class Jpeg(NamedTuple):
-    """A picture's JPEG bytes, and its size in pixels."""
+    """An image's JPEG bytes, and its size in pixels."""
 
     data: bytes
     width: int
@@ -45,9 +45,9 @@ class Jpeg(NamedTuple):
 
 
 def read_jpeg(path: Path, shorter_side: int | None = None) -> Jpeg:
-    """Read the picture at `path` as JPEG.
+    """Read the image at `path` as JPEG.
 
-    With `shorter_side` a picture whose shorter side is longer is scaled down to it (never up). JPEGs in grey or RGB
+    With `shorter_side` an image whose shorter side is longer is scaled down to it (never up). JPEGs in grey or RGB
     that need no scaling keep their bytes. EXIF rotation is not applied, as open_clip does not. SkippedImage: see above.
     """
     try:
@@ -101,7 +101,7 @@ def _scaled_down(image: Image.Image, shorter_side: int) -> Jpeg:
 
 
 def _as_rgb(image: Image.Image) -> Image.Image:
-    """The picture as every way shows it (`plain_picture`), in RGB."""
+    """The image as every way shows it (`plain_picture`), in RGB."""
     image.load()
     image = plain_picture(image)
     return image if image.mode == "RGB" else image.convert("RGB")

@@ -25,7 +25,7 @@ def as_coco(annotations: Path, content: Any, split: str | None) -> dict[str, lis
         split: images of this split only, where the file names splits; `train` takes `restval` too.
 
     Image ids are cocoid where every image has one, else imgid, else places in the file; caption ids are sentid, else
-    running numbers. `filepath` is the sub-folder of the images' folder that a picture lies in.
+    running numbers. `filepath` is the sub-folder of the images' folder that an image lies in.
 
     Raises:
         UserError: the file has splits and `split` is none of them, or an entry is malformed.

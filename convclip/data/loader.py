@@ -41,7 +41,7 @@ FINGERPRINTED = 64
 
 
 class Batch(TypedDict, total=False):
-    """A micro batch of pictures and captions, on the CPU; `image`, `text` and `teacher_text` only where they are read.
+    """A micro batch of images and captions, on the CPU; `image`, `text` and `teacher_text` only where they are read.
 
     image: uint8 [B, 3, S, S]. text: int64 [B, T]. teacher_text: int64 [B, teacher's T]. image_id, caption_id: int64
     [B]. broken: one line for each sample that could not be used and was replaced.
@@ -127,7 +127,7 @@ class EpochLoader:
             num_workers=data.workers,
             persistent_workers=data.workers > 0,
             pin_memory=pin_memory,
-            # DataLoader draws its workers' seed; from a generator of its own, the model's random stream stays as is.
+            # DataLoader draws its workers' seed from this generator, so that the model's does not move.
             generator=torch.Generator(),
         )
 
@@ -156,7 +156,7 @@ class EpochLoader:
     def epoch(self, epoch: int, start_step: int = 0, pixels: bool = True, text: bool = True) -> Iterator[Batch]:
         """This rank's micro batches of `epoch` from optimizer step `start_step` on, micro_per_step for each step.
 
-        Without `pixels` or `text` these are left out of the batches and no picture is read or caption tokenised.
+        Without `pixels` or `text` these are left out of the batches and no image is read or caption tokenised.
 
         Raises:
             UserError: more than data.max_broken_share of the samples are broken, or a data worker died.
@@ -166,12 +166,12 @@ class EpochLoader:
         )
         steps = range(start_step * self.micro_per_step, self.steps_per_epoch * self.micro_per_step)
         self._plan.batches = [self._rows(order, epoch, index, pixels, text) for index in steps]
-        # Not when the loader is made: the run's log begins later.
+        # Not in __init__: the run's log is not open then.
         while self._untold:
             log.warning("train data: %s", self._untold.pop(0))
         with plain_worker_errors():
             for number, batch in enumerate(self._loader, start=1):
-                # Before the last batch is handed out: who takes no more than he needs never comes back after it.
+                # Before the last batch is yielded: a caller that stops there never resumes this generator.
                 self._count(batch, is_last=number == len(self._plan))
                 yield batch
 
@@ -192,7 +192,7 @@ class EpochLoader:
 
 
 class TrainLoader(EpochLoader):
-    """Micro batches of pictures and captions.
+    """Micro batches of images and captions.
 
     A batch is a `Batch`. Each broken sample was replaced by another one drawn from (seed, epoch, row).
     With a `teacher_tokenizer`, `teacher_text` has the captions in its tokens, wherever `text` is read.
@@ -325,6 +325,6 @@ class MicroBatches(Dataset):
             if self.views is not None:
                 return self.views(picture, image_id, epoch % self.views.count)
             return self.transform(picture, np.random.default_rng((self.seed, epoch, row, AUGMENTATION)))
-        # Rare pixel modes decode but cannot be resized; the picture is at fault, not the run.
+        # Rare pixel modes decode but cannot be resized; the image is at fault, not the run.
         except (ValueError, OSError) as error:
             raise BrokenSample(f"{name}: {error}") from None

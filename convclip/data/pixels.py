@@ -1,4 +1,4 @@
-"""One rule from any picture to 8-bit RGB, whatever way it comes: make_shards, CSV, shards, zero-shot folders.
+"""One rule from any image to 8-bit RGB, whatever way it comes: make_shards, CSV, shards, zero-shot folders.
 
 Imports no torch, so that packing shards starts quickly.
 """
@@ -18,7 +18,7 @@ THIRTY_TWO_BIT = 2**31 - 1
 
 
 def plain_picture(image: Image.Image) -> Image.Image:
-    """A decoded picture as 8-bit RGB; L (grey) without transparency stays L, whose RGB is the same thrice.
+    """A decoded image as 8-bit RGB; L (grey) without transparency stays L, whose RGB is the same thrice.
 
     - 8-bit colours (1, P, CMYK, YCbCr, HSV, LAB, RGBX): Pillow's conversion to RGB.
     - Alpha (LA, La, PA, RGBA, RGBa, or a transparent colour in the file's header): over white,
@@ -31,7 +31,7 @@ def plain_picture(image: Image.Image) -> Image.Image:
     EXIF orientation is not applied, as open_clip does not; of an animation the first frame counts.
 
     Raises:
-        ValueError: a 32-bit or float picture that this would make black or cut off: negative values or NaN, floats
+        ValueError: a 32-bit or float image that this would make black or cut off: negative values or NaN, floats
             above 1, integers that do not reach one of the 255 levels. Its range is not known, so it must be rescaled.
     """
     mode, transparent = image.mode, image.info.get("transparency")
@@ -59,10 +59,10 @@ def _from_sixteen_bit(image: Image.Image, transparent: object) -> Image.Image:
 
 def _scaled_integers(values: np.ndarray) -> np.ndarray:
     low, high = int(values.min()), int(values.max())
-    # One of 255 levels is 2**23: a picture that stays below holds 8- or 16-bit values and would come out black.
+    # One of 255 levels is 2**23: an image that stays below holds 8- or 16-bit values and would come out black.
     if low < 0 or 0 < high < THIRTY_TWO_BIT // 255:
         raise ValueError(
-            f"32-bit picture with values {low}..{high}, not 0..{THIRTY_TWO_BIT}: save it with 8 or 16 bits"
+            f"32-bit image with values {low}..{high}, not 0..{THIRTY_TWO_BIT}: save it with 8 or 16 bits"
         )
     return np.rint(values.astype(np.float64) * (255 / THIRTY_TWO_BIT))
 
@@ -70,7 +70,7 @@ def _scaled_integers(values: np.ndarray) -> np.ndarray:
 def _scaled_floats(values: np.ndarray) -> np.ndarray:
     low, high = float(values.min()), float(values.max())
     if not (low >= 0 and high <= 1):
-        raise ValueError(f"float picture with values {low:g}..{high:g}, not 0..1: save it with 8 or 16 bits")
+        raise ValueError(f"float image with values {low:g}..{high:g}, not 0..1: save it with 8 or 16 bits")
     return np.rint(values.astype(np.float64) * 255)
 
 

@@ -1,4 +1,4 @@
-"""What every source of samples offers, and the bounded decoding of a picture."""
+"""What every source of samples offers, and the bounded decoding of an image."""
 
 from __future__ import annotations
 
@@ -72,7 +72,7 @@ class SampleSource(Protocol):
 
 
 def captions_fingerprint(source: SampleSource) -> str:
-    """SHA-256 of every image's id and captions, in order: changes when the captions do, not when pictures move."""
+    """SHA-256 of every image's id and captions, in order: changes when the captions do, not when images move."""
     digest = hashlib.sha256()
     for image in tqdm(range(len(source.counts)), "reading captions", delay=2, disable=not is_main()):
         try:
@@ -84,7 +84,7 @@ def captions_fingerprint(source: SampleSource) -> str:
 
 
 def open_image(name: str, data: bytes, max_pixels: int) -> Image.Image:
-    """The picture in `data`, header read and pixels not yet decoded; BrokenSample above `max_pixels`."""
+    """The image in `data`, header read and pixels not yet decoded; BrokenSample above `max_pixels`."""
     if not data:
         raise BrokenSample(f"{name}: image has zero bytes")
     # Pillow's own guard would refuse what the recipe allows; ours below is the one that counts.
@@ -102,7 +102,7 @@ def open_image(name: str, data: bytes, max_pixels: int) -> Image.Image:
 
 
 def decode_image(name: str, data: bytes, max_pixels: int) -> Image.Image:
-    """The picture in RGB or L, by `plain_picture`; BrokenSample when it is cut, no image or too large."""
+    """The image in RGB or L, by `plain_picture`; BrokenSample when it is truncated, not an image or too large."""
     image = open_image(name, data, max_pixels)
     try:
         image.load()

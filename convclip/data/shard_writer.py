@@ -4,7 +4,7 @@ Samples stand in a seeded shuffle of their ids, so that every shard is a random 
 in parallel, each by one process; their bytes do not depend on how many. A stopped run is gone on with: shards whose
 size and checksum match their record (shard_record.py) are kept.
 
-The members of a sample come from `members_of` (`image_members` for pictures); nothing else here knows what they hold.
+The members of a sample come from `members_of` (`image_members` for images); nothing else here knows what they hold.
 """
 
 from __future__ import annotations
@@ -62,7 +62,7 @@ class ShardJob:
 
 
 def image_members(image: CocoImage, folder: Path, shorter_side: int | None = None) -> dict[str, bytes]:
-    """Members of a picture's sample: `jpg`, and `json` {image_id, captions, caption_ids, width, height as stored}."""
+    """Members of an image's sample: `jpg`, and `json` {image_id, captions, caption_ids, width, height as stored}."""
     jpeg = read_jpeg(folder / image.file_name, shorter_side)
     about = {
         "image_id": image.image_id,

@@ -122,7 +122,7 @@ def _expand(part: str) -> list[Shard]:
 
 
 def _expand_braces(part: str) -> list[str]:
-    # Counted before the library sees it, which would write out 1e11 names.
+    # Counted first: the library would write out 1e11 names.
     if _brace_count(part) > MAX_SHARDS:
         raise UserError(f"data address {part[:SHOWN]!r} stands for more than {MAX_SHARDS:,} shards: check its braces")
     try:

@@ -1,6 +1,6 @@
-"""Picture to uint8 tensor on the CPU, and uint8 to normalised float on the device.
+"""Image to uint8 tensor on the CPU, and uint8 to normalised float on the device.
 
-Shapes: B batch, C channels (3), S side of the square result, H.W the picture as stored.
+Shapes: B batch, C channels (3), S side of the square result, H.W the image as stored.
 The steps are open_clip's (`open_clip.transform.image_transform`): crop and resize first, RGB conversion last.
 """
 
@@ -16,7 +16,7 @@ from torch.utils.data import default_collate
 
 CROP_RATIO = (3 / 4, 4 / 3)
 CROP_ATTEMPTS = 10
-# Pictures longer than this many times their shorter side are cropped before they are resized.
+# Images longer than this many times their shorter side are cropped before they are resized.
 LONGEST = 20
 # The random stream of views; apart from those of convclip.data.order and loader.
 VIEW = 4
@@ -91,7 +91,7 @@ class Views:
 def random_crop_box(
     size: tuple[int, int], scale: tuple[float, float], generator: np.random.Generator
 ) -> tuple[int, int, int, int]:
-    """(left, top, width, height) in pixels of a picture of `size` (width, height).
+    """(left, top, width, height) in pixels of an image of `size` (width, height).
 
     The distribution is torchvision's `RandomResizedCrop.get_params`: area share uniform in `scale`, aspect ratio
     log-uniform in 3/4..4/3, ten attempts, then the largest centred box of an allowed ratio.
@@ -123,16 +123,16 @@ def _without_ends(image: Image.Image) -> Image.Image:
     kept = LONGEST * min(width, height)
     if max(width, height) <= kept:
         return image
-    # An even number goes, so that the middle stays.
+    # Both ends lose as many pixels, so that the centre stays.
     ends = (max(width, height) - kept) // 2
     box = (ends, 0, width - ends, height) if width > height else (0, ends, width, height - ends)
     return image.crop(box)
 
 
 def stack_images(images: list[torch.Tensor]) -> torch.Tensor:
-    """Pictures uint8 [C, S, S] from a transform as one uint8 [B, C, S, S], stored as they are: channels last.
+    """Images uint8 [C, S, S] from a transform as one uint8 [B, C, S, S], stored as they are: channels last.
 
-    Bringing the channels to the front costs a data worker a tenth of a millisecond per picture and the device
+    Bringing the channels to the front costs a data worker a tenth of a millisecond per image and the device
     nothing, so `normalize` does it.
     """
     # default_collate stacks right into shared memory when it runs in a data worker.
@@ -157,5 +157,5 @@ def normalize(
 
 
 def _to_tensor(image: Image.Image) -> torch.Tensor:
-    """A picture of any mode as uint8 [C, H, W], a view of its pixels in the order Pillow has them."""
+    """An image of any mode as uint8 [C, H, W], a view of its pixels in the order Pillow has them."""
     return torch.from_numpy(np.array(image if image.mode == "RGB" else image.convert("RGB"))).permute(2, 0, 1)

@@ -1,6 +1,6 @@
 """The inputs of the towers and the losses for one micro batch, on the device.
 
-Pictures or stored feature maps; token ids or stored embeddings. Shapes: B batch, D embed, E the teacher's
+Images or stored feature maps; token ids or stored embeddings. Shapes: B batch, D embed, E the teacher's
 embed, T tokens, C channels and H.W size of a feature map, S image side.
 """
 
@@ -27,8 +27,8 @@ from convclip.schema import Recipe
 
 @dataclass(frozen=True)
 class Inputs:
-    """A micro batch. `image` and `text` enter the towers at `cut`; at cut 0 they are pictures [B, 3, S, S] and token
-    ids [B, T]. Pictures stay uint8 until the tower runs, because a chunked step holds those of all its rows.
+    """A micro batch. `image` and `text` enter the towers at `cut`; at cut 0 they are images [B, 3, S, S] and token
+    ids [B, T]. Images stay uint8 until the tower runs, because a chunked step holds those of all its rows.
     """
 
     image: Tensor
@@ -100,7 +100,7 @@ class ImageTextSource:
         self.views = recipe.features.view_count or 1
 
     def reads(self, frozen: Cut, trainable: Set[str], step: int) -> Reads:
-        """For a step of a stage that trains `trainable`, nothing of it below `frozen`."""
+        """For a step of a stage that trains `trainable`, all of it above the cut `frozen`."""
         text_is_frozen = not any(name.startswith("text.") for name in trainable)
         stored_image = self.store is not None and 0 < self.work.boundary <= frozen.image
         stored_text = self.store is not None and self.work.text and text_is_frozen
@@ -127,7 +127,7 @@ class ImageTextSource:
         views = view_ids(image_id, epoch % self.views, self.views) if self.store is not None else None
         pixels = self._to_device(batch["image"]) if "image" in batch else None
         image = self._stored("image_map", views) if reads.stored_image else pixels
-        assert image is not None  # the loader reads pictures where the store has no maps
+        assert image is not None  # the loader reads images where the store has no maps
         return Inputs(
             image,
             None if reads.stored_text else self._to_device(batch["text"]),
@@ -153,7 +153,7 @@ class ImageTextSource:
 
     def _teacher(self, batch: Batch, pixels: Tensor | None, views: Any) -> tuple[Tensor, Tensor]:
         if self.teacher is not None:
-            assert pixels is not None  # for a live teacher the loader reads pictures
+            assert pixels is not None  # for a live teacher the loader reads images
             text = self._to_device(batch["teacher_text"])
             return self.teacher.encode_image(pixels), self.teacher.encode_text(text)
         return self._stored("teacher_image", views), self._stored("teacher_text", batch["caption_id"])

@@ -51,7 +51,7 @@ def start_report(staged: StagedEngine, recipe: Recipe, steps_per_epoch: int, tot
 def unfreeze_report(
     staged: StagedEngine, recipe: Recipe, stage: Stage, step: int, epoch: int, seconds: float
 ) -> Iterator[tuple[dict[str, Any], str]]:
-    """Row and log line of each event of `stage`, whose groups the engine has had for `seconds` to take in."""
+    """Row and log line of each event of `stage`; rebuilding the engine for it took `seconds`."""
     lr = {group["name"]: group["lr"] for group in staged.parameter_groups}
     for event in stage.events:
         number = recipe.freezing.unfreeze.index(event)

@@ -38,7 +38,7 @@ class Source(Protocol):
     """Turns the loader's batches into a step's inputs."""
 
     def reads(self, frozen: Cut, trainable: Set[str], step: int) -> Reads:
-        """What a step takes from the store, in a stage that trains `trainable`, nothing of it below `frozen`."""
+        """What a step reads from the store, in a stage that trains `trainable`, all of it above the cut `frozen`."""
 
     def inputs(self, batch: Any, epoch: int, reads: Reads) -> Any:
         """A batch of the loader on the device, as the towers and the objective take it."""
@@ -214,7 +214,7 @@ class Retrieval:
 
 
 class ZeroShot:
-    """Zero-shot classification of a folder of pictures by class."""
+    """Zero-shot classification of a folder of images by class."""
 
     def __init__(self, recipe: Recipe, folder: Path) -> None:
         self.recipe, self.classes = recipe, load_zero_shot_set(folder)

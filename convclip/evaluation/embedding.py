@@ -25,7 +25,7 @@ Given = TypeVar("Given")
 
 @dataclass(frozen=True)
 class Encoder:
-    """A model, and how an evaluation runs it: `batch` pictures (or videos) at a time, read by `workers` processes."""
+    """A model, and how an evaluation runs it: `batch` images (or videos) at a time, read by `workers` processes."""
 
     encode: Encode
     image_tower: ImageTowerConfig

@@ -1,10 +1,10 @@
-"""Zero-shot classification: a folder of pictures by class, class names and prompt templates.
+"""Zero-shot classification: a folder of images by class, class names and prompt templates.
 
     FOLDER/classnames.txt   one class per line: the sub-folder's name, or sub-folder, tab, name for the prompts
     FOLDER/templates.txt    one prompt per line with {} for the class name: "a photo of a {}."
-    FOLDER/<sub-folder>/…   the pictures of one class
+    FOLDER/<sub-folder>/…   the images of one class
 
-A class is the mean of its prompts' embeddings, as in open_clip. Shape legend: N pictures, K classes, P templates,
+A class is the mean of its prompts' embeddings, as in open_clip. Shape legend: N images, K classes, P templates,
 D embed, S image side.
 """
 
@@ -35,7 +35,7 @@ SUFFIXES = {".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff"}
 
 @dataclass(frozen=True)
 class ZeroShotSet:
-    """K class names, P templates, and the pictures' paths [N] with their classes [N]."""
+    """K class names, P templates, and the images' paths [N] with their classes [N]."""
 
     names: list[str]
     templates: list[str]
@@ -82,8 +82,8 @@ def zero_shot_accuracy(
 ) -> dict[str, float]:
     """{"top1", "top5": percent, "images", "classes", "broken"}, the same on every rank; all ranks take part.
 
-    A picture is right within k when fewer than k other classes score as high as its own: ties and nan count as wrong.
-    Pictures that cannot be decoded are left out and counted as `broken`.
+    An image is right within k when fewer than k other classes score as high as its own: ties and nan count as wrong.
+    Images that cannot be decoded are left out and counted as `broken`.
     """
     device = encoder.device
     classes = class_embeddings(encoder, dataset, tokenizer)
@@ -121,7 +121,7 @@ def class_embeddings(encoder: Encoder, dataset: ZeroShotSet, tokenizer: Tokenize
 
 
 class _Pictures(Dataset):
-    """Number of a picture -> (number, uint8 [3, S, S]); a broken one, as a filling-up one, is -1 and black."""
+    """Number of an image -> (number, uint8 [3, S, S]); a broken one, as a filling-up one, is -1 and black."""
 
     def __init__(self, paths: list[Path], transform: FixedTransform, size: int, max_pixels: int):
         self.paths, self.transform, self.size, self.max_pixels = paths, transform, size, max_pixels

@@ -69,7 +69,7 @@ class FeatureWriter:
         self._lock = Lock(self.path.with_name(f"{self._own_name}.lock"), self.path.with_name(f"{self._own_name}.part"))
         if any(len(self._own_rows(kind)) for kind in self._items):
             self._lock.acquire()
-        # Once more: whoever held the lock until now may have written rows.
+        # Read again: another process may have written rows until we got the lock.
         parts = self._existing()
         self._done = self._done_in(parts)
         self._part = self._own_part(parts)
@@ -259,7 +259,7 @@ class FeatureWriter:
                 data, offset = data[written:], offset + written
 
     def _join(self, parts: list[Layout]) -> None:
-        """Make `path`: of one part by its renaming, of several by a file that joins them."""
+        """Make `path`: rename the only part, or write a file that joins several."""
         used = [part for part in parts if any(flags.any() for flags in part.done.values())]
         if len(used) == 1 and self.world == 1:
             publish(used[0].path, self.path)

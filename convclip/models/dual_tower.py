@@ -17,13 +17,13 @@ from convclip.models.towers import build_image_tower, build_text_tower
 
 
 class Cut(NamedTuple):
-    """A line across both towers: how many layer groups of each, counted from the input, lie below it."""
+    """A cut through both towers: how many layer groups of each, counted from the input, lie below it."""
 
     image: int = 0
     text: int = 0
 
 
-# The line below which lies nothing: what enters there are pictures and token ids.
+# The lowest cut: images and token ids enter there.
 INPUT = Cut()
 
 

@@ -73,7 +73,7 @@ def load_export(folder: str | Path) -> tuple[DualTower, schema.Model]:
 
 
 def open_clip_config(model: DualTower, config: schema.Model) -> dict[str, Any] | None:
-    """What open_clip_config.json says of `model`: {"model_cfg", "preprocess_cfg"}; None where open_clip has no such."""
+    """What open_clip_config.json says of `model`: {"model_cfg", "preprocess_cfg"}; None where open_clip has none."""
     vision, text_cfg = model.visual.open_clip_config(config), model.text.open_clip_config(config)
     if vision is None or text_cfg is None:
         return None

@@ -24,13 +24,13 @@ class UserError(Exception):
         return f"{line[: LONGEST_MESSAGE // 2]} … {line[3 - LONGEST_MESSAGE // 2 :]}"
 
 
-# Largest picture or video frame that is decoded, width x height by its header: decoded it is 192 MB.
+# Largest image or video frame that is decoded, width x height by its header: decoded it is 192 MB.
 MAX_PIXELS = 64_000_000
 
 Positive = Annotated[float, Field(gt=0)]
 Decay = Annotated[float, Field(ge=0, lt=1)]
 Weight = Annotated[float, Field(ge=0)]
-# Bounds that no machine reaches: what is larger is a slip of the keyboard, and would only fail later.
+# Bounds far above any real setting: a larger value is a typo, which would only fail later.
 Width = Annotated[int, Field(gt=0, le=2**16)]
 Depth = Annotated[int, Field(gt=0, le=1000)]
 Count = Annotated[int, Field(gt=0, le=10**9)]

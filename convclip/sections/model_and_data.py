@@ -30,7 +30,7 @@ class ImageTowerConfig(Section):
     std: tuple[Positive, Positive, Positive] = (0.26862954, 0.26130258, 0.27577711)
 
 
-# Where they differ from the fields' defaults: the sizes of each kind of text tower as it was released.
+# The released sizes of each kind of text tower, where they differ from the fields' defaults.
 RELEASED_SIZES: dict[str, dict[str, Any]] = {
     "gpt2": {"width": 768, "heads": 12, "vocab_size": 50257, "tokenizer": "gpt2"},
 }

@@ -23,7 +23,7 @@ class BatchConfig(Section):
     global_: int = Field(384, alias="global", gt=0)
     accumulation: Count = 1
     micro: Count | None = None
-    # A chunked step keeps what the frozen parts of the towers gave, up to this much, instead of running them twice.
+    # GiB beyond the inputs in which a chunked step caches the outputs of locked layers, instead of running them twice.
     keep_frozen_gib: float = Field(4.0, ge=0)
     # Batch norms take a step's statistics over all ranks (accelerators only); without it over a rank's own rows.
     sync_batch_norm: bool = False

@@ -73,7 +73,7 @@ def evenly(n: int, frames: int = FRAMES) -> list[int]:
 
 
 def upright(frame: av.VideoFrame) -> Image.Image:
-    """The picture as a player shows it: turned by the file's rotation mark (multiples of 90 degrees)."""
+    """The frame as a player shows it: turned by the file's rotation mark (multiples of 90 degrees)."""
     image = frame.to_image()
     quarter_turns = round(getattr(frame, "rotation", 0) / 90) % 4
     turns = (None, Image.Transpose.ROTATE_90, Image.Transpose.ROTATE_180, Image.Transpose.ROTATE_270)

@@ -36,7 +36,7 @@ USUAL_DS_CONFIG: dict[str, Any] = {
 }
 # Share of a device that training can have: the rest is its context, workspaces, and gaps between allocations.
 USABLE = 0.92
-# Rows that activations are measured with: so many that what does not grow with them hardly counts.
+# Activations are measured with this many rows, so that fixed costs hardly count.
 MEASURED_ROWS = 256
 # Matrices of B x N floats that a loss on whole logits holds at its peak; two more where ranks share the batch.
 WHOLE_LOGITS = 4.5
@@ -205,7 +205,7 @@ def stage_memory(
         gradients=(trained // world if splits else trained) * size + buckets,
         optimizer=0 if offloaded else 4 * numbers * shard,
         step_copies=0 if offloaded or numbers == 2 else 4 * shard,
-        # With them, the pictures as the tower takes them.
+        # With them, the images as the tower takes them.
         row=activations_per_row(model, recipe, stage) + 3 * recipe.model.image.image_size**2 * size,
         input=entering,
         kept=kept,
@@ -263,14 +263,14 @@ def made_up_batch(
 
 
 def input_bytes(model: DualTower, recipe: Recipe, stage: Stage) -> tuple[int, int]:
-    """Bytes per row of (pictures and token ids, what a chunked step keeps of the towers' frozen parts in their place).
+    """Bytes per row of (images and token ids, what a chunked step keeps of the towers' frozen parts in their place).
 
     Where it keeps nothing, the two are the same.
     """
     cut = frozen_cut(model, stage.trainable) if recipe.batch.micro else INPUT
     side, dtype = recipe.model.image.image_size, next(model.parameters()).dtype
     picture, tokens = torch.empty(1, 3, side, side, dtype=torch.uint8, device="meta"), longest_captions(recipe, 1)
-    # As for `map_shape`: one picture is too few for a batch norm in train mode.
+    # As for `map_shape`: one image is too few for a batch norm in train mode.
     model.eval()
     with torch.no_grad():
         frozen = model(picture.to(dtype), tokens, stop=cut)

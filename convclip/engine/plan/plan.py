@@ -135,7 +135,7 @@ def plot_plan(plan: dict[str, Any], path: Path) -> None:
 
 
 def check_plot_path(path: Path) -> None:
-    """Refuse, before any work, a picture that could not be written. Errors: UserError."""
+    """Refuse, before any work, a plot that could not be written. Errors: UserError."""
     if path.suffix.lower() not in PICTURES:
         raise UserError(f"--plot {path}: name a file that ends in {', '.join(PICTURES)}")
     if not path.parent.is_dir():
@@ -190,7 +190,7 @@ def _describe(event: Unfreeze) -> str:
 def _notes(
     recipe: Recipe, stages: list[Stage], reached: list[Stage], steps_per_epoch: int | None, total: int | None
 ) -> list[str]:
-    """What the recipe asks for and will not get as it stands there."""
+    """Warnings: what the run will not do as the recipe says."""
     last = f"the last epoch is {recipe.epochs - 1}"
     if total and steps_per_epoch and total < steps_per_epoch * recipe.epochs:
         last = f"the run ends after {total} steps"

@@ -63,8 +63,8 @@ class FrozenWork:
 def frozen_work(model: DualTower, recipe: Recipe, stages: list[Stage]) -> FrozenWork:
     """What of `recipe` can be stored; `stages` are those that training reaches, `model` may be on the meta device.
 
-    The boundary lies before everything that an event opens, so that one store serves all stages; where an event opens
-    the whole image tower, it lies before what was opened until then, and that last stage runs live.
+    The cut lies before everything that an event opens, so that one store serves all stages. Where an event opens the
+    whole image tower, the cut lies before what opened earlier, and that last stage runs live.
     """
     boundaries = [frozen_cut(model, stage.trainable).image for stage in stages]
     if recipe.head_alignment is not None:
@@ -113,9 +113,9 @@ def store_identity(
 
 @torch.no_grad()
 def map_shape(model: DualTower, size: int, boundary: int) -> tuple[int, ...]:
-    """Shape (C, H, W) of what enters layer group `boundary` of the image tower; pictures are size x size pixels."""
+    """Shape (C, H, W) of what enters layer group `boundary` of the image tower; images are size x size pixels."""
     training = model.training
-    # A batch norm in train mode refuses a single value per channel, as one picture's map of 1 x 1 has.
+    # A batch norm in train mode refuses a single value per channel, as one image's map of 1 x 1 has.
     model.eval()
     image_map, _ = model(torch.zeros(1, 3, size, size, device=next(model.parameters()).device), stop=Cut(boundary))
     model.train(training)
