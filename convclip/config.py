@@ -51,7 +51,7 @@ def load_recipe(name_or_path: str | Path, overrides: Sequence[str] = ()) -> Reci
 def with_flags(overrides: Sequence[str], flags: Mapping[str, tuple[str, str | None]]) -> list[str]:
     """The overrides and, behind them, the flags that stand for a key: {"data.train": ("--train_data", value or None)}.
 
-    Errors: UserError where a flag is empty, or an override says its key again.
+    Errors: UserError where a flag is empty, or an override sets the same key.
     """
     given = []
     for key, (flag, value) in flags.items():

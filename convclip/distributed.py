@@ -100,7 +100,7 @@ def gather_objects(value: Any, group: Group = None) -> list[Any]:
 def on_main(work: Callable[[], T]) -> T:
     """`work()`, done by the main rank alone; every rank gets its value, or raises the exception that it raised.
 
-    What only one process may look at or write is decided so: no other waits for one that has given up.
+    For what only one process may read or write: if it fails, all ranks fail and none waits for it.
     """
     if world_size() == 1:
         return work()

@@ -39,7 +39,7 @@ def read_coco(annotations: Path, split: str | None = None) -> list[CocoImage]:
 
     COCO's layout or Karpathy's; `split` chooses the images where a file has several splits (karpathy.py says how).
 
-    Captions of white space only are left out; an image may so have none. UserError names the file and, where it
+    Captions of white space only are left out, so an image may have none. UserError names the file and, where it
     concerns many entries, their count and the first three: not JSON, a missing key, a value of the wrong type, an id
     that stands twice, a file name that leaves the images' folder, an annotation of an image that is not listed, text
     that no UTF-8 file can hold.

@@ -18,7 +18,7 @@ THIRTY_TWO_BIT = 2**31 - 1
 
 
 def plain_picture(image: Image.Image) -> Image.Image:
-    """A decoded image as 8-bit RGB; L (grey) without transparency stays L, whose RGB is the same thrice.
+    """A decoded image as 8-bit RGB; L (grey) without transparency stays L, whose R, G and B are equal.
 
     - 8-bit colours (1, P, CMYK, YCbCr, HSV, LAB, RGBX): Pillow's conversion to RGB.
     - Alpha (LA, La, PA, RGBA, RGBa, or a transparent colour in the file's header): over white,

@@ -167,7 +167,7 @@ def _add(samples: Members, member: tarfile.TarInfo) -> None:
 def _end(samples: Members, stream: _Headers, offset: int, size: int, path: str) -> Damage | None:
     """What is wrong with the end of a tar file, where tarfile stopped at `offset`: zeros should follow, nothing else.
 
-    It stops without a word at a header that is damaged or short, and at zeros in place of one.
+    It stops silently at a header that is damaged or short, and at zeros in place of one.
     """
     first = stream.read(tarfile.BLOCKSIZE)
     if len(first) < tarfile.BLOCKSIZE:

@@ -25,7 +25,7 @@ def try_full_step(
     """Run `take_step`, one optimizer step on the loader's batches, on `batch` alone; then undo whatever it changed.
 
     It is a whole step, so that the optimizer's state is there too; weights, state, counters, loss scale, buffers and
-    random state are put back, and what follows is to the bit what it would have been. UserError where memory runs out.
+    random state are put back, so the run after it is the same bit for bit. UserError where memory runs out.
     """
     engine = staged.engine
     before, random = _copied(take_snapshot(engine)), RandomState.now()

@@ -121,7 +121,7 @@ def class_embeddings(encoder: Encoder, dataset: ZeroShotSet, tokenizer: Tokenize
 
 
 class _Pictures(Dataset):
-    """Number of an image -> (number, uint8 [3, S, S]); a broken one, as a filling-up one, is -1 and black."""
+    """Number of an image -> (number, uint8 [3, S, S]); a broken or padding one is -1 and black."""
 
     def __init__(self, paths: list[Path], transform: FixedTransform, size: int, max_pixels: int):
         self.paths, self.transform, self.size, self.max_pixels = paths, transform, size, max_pixels

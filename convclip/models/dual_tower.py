@@ -72,7 +72,7 @@ class DualTower(nn.Module):
         self.reference: nn.Module | None = None
 
     def encode_image(self, images: Tensor, normalize: bool = False, cut: int = 0) -> Tensor:
-        """Images [B, 3, H, W] (float, mean and std taken out) -> embeddings [B, D].
+        """Images [B, 3, H, W] (float, normalised) -> embeddings [B, D].
 
         `cut` > 0: `images` is instead what `visual.forward_prefix` gave there. `normalize`: unit length, float32.
         """

@@ -126,7 +126,7 @@ class ImageTower(Tower):
         return self.embed_head()(self._run(self.units()[self._unit_index(cut) :], features))
 
     def forward(self, images: Tensor) -> Tensor:
-        """Images [B, 3, H, W] (float, mean and std taken out) -> embeddings [B, D], not normalised."""
+        """Images [B, 3, H, W] (float, normalised) -> embeddings [B, D], not normalised."""
         return self.forward_from(self.forward_prefix(images, 0), 0)
 
     def _unit_index(self, cut: int) -> int:

@@ -153,7 +153,7 @@ def _one_tower(part: str, tower: Tower, raw: Tensors) -> Tensors:
 def _fitting(model: DualTower, tensors: Tensors, part: str, source: str, whole: bool = False) -> Tensors:
     """`tensors`, if they are what the names of `model` that start with `part` need; else a UserError.
 
-    `whole`: nothing may stay new.
+    `whole`: no parameter may be left without weights.
     """
     needed = {name: value.shape for name, value in model.state_dict().items() if name.startswith(part)}
     declared = () if whole else _may_be_new(model)

@@ -26,7 +26,7 @@ class VideoStudent(DualTower):
 
     temporal_init `text`: blocks and positions of the temporal transformer are copied from the text tower's first
     ones, as in CLIP4Clip. What does not fit starts as an identity: a video's frames pass unchanged. With `identity` all
-    of it starts so. Copied blocks add vectors of their own size to the un-normalised frame features: with random blocks
+    of it does. Copied blocks add vectors of their own size to the un-normalised frame features: with random blocks
     of width 512, features of length 10 kept their recall and features of length 1 lost it (R@1 100 to 2).
     `new` lists the parameters that were newly initialised. mask_padding False: padded frames take part in both
     softmaxes, as in the original. A locked tower is locked whole, its head included: the head is as pretrained as the
@@ -53,7 +53,7 @@ class VideoStudent(DualTower):
         self.new += [f"aggregation.{name}" for name, _ in self.aggregation.named_parameters()]
 
     def encode_frames(self, frames: Tensor, n_frames: Tensor) -> Tensor:
-        """Frames [B, F, 3, H, W] (float, mean and std taken out), n_frames [B] -> un-normalised features [B, F, D]."""
+        """Frames [B, F, 3, H, W] (float, normalised), n_frames [B] -> un-normalised features [B, F, D]."""
         if not self.mask_padding:
             # Where padded frames count, they count as the original's do: zeros after normalising.
             frames = frames * frame_mask(n_frames, frames.shape[1])[:, :, None, None, None]
