@@ -1,8 +1,8 @@
 """Writing WebDataset shards: `<split>-000000.tar`, … and the index `<split>.index.json` in the wids layout.
 
-Samples lie in the order of a seeded shuffle of their ids, so that every shard is a random sample of the whole. Shards are written
-in parallel, each by one process; their bytes do not depend on how many. A stopped run is continued: shards whose
-size and checksum match their record (shard_record.py) are kept.
+Samples lie in the order of a seeded shuffle of their ids, so that every shard is a random sample of the whole. Shards
+are written in parallel, each by one process; their bytes do not depend on how many. A stopped run is continued: shards
+whose size and checksum match their record (shard_record.py) are kept.
 
 The members of a sample come from `members_of` (`image_members` for images); nothing else here knows what they hold.
 """
