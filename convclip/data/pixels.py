@@ -61,9 +61,7 @@ def _scaled_integers(values: np.ndarray) -> np.ndarray:
     low, high = int(values.min()), int(values.max())
     # One of 255 levels is 2**23: an image that stays below holds 8- or 16-bit values and would come out black.
     if low < 0 or 0 < high < THIRTY_TWO_BIT // 255:
-        raise ValueError(
-            f"32-bit image with values {low}..{high}, not 0..{THIRTY_TWO_BIT}: save it with 8 or 16 bits"
-        )
+        raise ValueError(f"32-bit image with values {low}..{high}, not 0..{THIRTY_TWO_BIT}: save it with 8 or 16 bits")
     return np.rint(values.astype(np.float64) * (255 / THIRTY_TWO_BIT))
 
 
