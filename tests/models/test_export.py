@@ -95,9 +95,7 @@ def test_a_changed_bit_of_an_export_is_refused(tmp_path, text):
         damaged = bytearray(sound)
         damaged[place] ^= 1
         weights.write_bytes(damaged)
-        with pytest.raises(
-            UserError, match=rf"{weights.name}: damaged, cut short or no weight file \(wrong checksum of"
-        ):
+        with pytest.raises(schema.UserError, match=rf"{weights.name}: damaged, .* \(wrong checksum of"):
             load_export(done.folder)
     weights.write_bytes(sound)
     path = done.folder / "convclip_model.json"
