@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import math
+import os
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field, fields
@@ -201,10 +202,11 @@ def checkpoint_path(place: str | Path) -> Path:
     """The checkpoint meant by `place`: a checkpoint folder, or a run folder (its `best`, else its `latest`)."""
     # `step-00000012`, said within checkpoints/, has its recipe two folders above.
     place = Path(place).absolute()
-    if (place / "state.json").is_file():
+    # Not Path.is_file, which raises for a name that is too long.
+    if os.path.isfile(place / "state.json"):
         return place
     for pointer in ("best", "latest"):
-        if (place / pointer).is_file():
+        if os.path.isfile(place / pointer):
             found = read_pointer(place, pointer)
             if found is None:
                 names = ", ".join(path.name for path in whole_checkpoints(place)) or "none is there"

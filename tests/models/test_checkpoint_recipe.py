@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 import convclip
-from convclip.models.checkpoint_weights import recipe_of
+from convclip.models.checkpoint_weights import checkpoint_path, recipe_of
 from convclip.schema import UserError
 from tests.conftest import REPOSITORY
 
@@ -67,3 +67,8 @@ def test_a_damaged_recipe_in_a_state_is_one_line(checkpoint):
     with pytest.raises(UserError, match=r"the recipe in .*state.json is damaged \(seed: .*\)") as error:
         recipe_of(checkpoint)
     assert "\n" not in str(error.value)
+
+
+def test_a_name_that_is_too_long_is_no_checkpoint():
+    with pytest.raises(UserError, match="holds no checkpoint"):
+        checkpoint_path("x" * 5000)
