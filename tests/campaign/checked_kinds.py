@@ -146,7 +146,8 @@ def checked_runs(folder: Path, rng: random.Random) -> str:
     try:
         return _same(run)
     except UserError as refusal:
-        if not _finds(check_run.main, run):
+        # Places of files are no part of what a checkpoint was trained with.
+        if not _finds(check_run.main, run) and "tokenizer" not in str(refusal):
             raise Wrong(f"check_run does not find: {refusal}") from None
         raise
 
