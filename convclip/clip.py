@@ -27,7 +27,7 @@ from convclip.data.transforms import EvalTransform, normalize, stack_images
 from convclip.devices import PRECISIONS
 from convclip.models import DualTower, build_model
 from convclip.models.batch_norm import to_precision
-from convclip.models.checkpoint_weights import checkpoint_path, load_from
+from convclip.models.checkpoint_weights import checkpoint_path, load_from, recipe_of
 from convclip.models.export import OUR_CONFIG, load_export
 from convclip.models.weights import HUB, load_exact
 from convclip.schema import Recipe, UserError
@@ -217,7 +217,7 @@ def _read(source: str | Path, recipe: str | Path | Recipe | None) -> tuple[DualT
         return *load_export(place), None
     if is_run:
         path = checkpoint_path(place)
-        own = _image_text(load_recipe(path.parent.parent / "recipe.yaml"), path)
+        own = _image_text(recipe_of(path), path)
         model = build_model(own.model)
         load_from(model, place)
         return model, own.model, own

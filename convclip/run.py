@@ -8,7 +8,6 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from convclip.config import load_recipe
 from convclip.data.workers import plain_worker_errors
 from convclip.devices import PRECISIONS, current_device
 from convclip.distributed import alike, barrier, gather_objects, is_main, on_main, world_size
@@ -17,7 +16,7 @@ from convclip.engine.plan.plan import make_plan
 from convclip.engine.task import ImageTextTask, Task
 from convclip.files import write_text, writing
 from convclip.models.batch_norm import synchronised, to_precision
-from convclip.models.checkpoint_weights import RunState, checkpoint_path, load_from
+from convclip.models.checkpoint_weights import RunState, checkpoint_path, load_from, recipe_of
 from convclip.models.dual_tower import DualTower
 from convclip.schema import Recipe
 from convclip.video.video_task import VideoTask
@@ -95,8 +94,7 @@ def evaluate_checkpoint(
     folder, data = Path(folder), str(data)
     on_main(lambda: _open_output(folder))
     # Only the run is fixed here. Its best checkpoint may still change while it trains.
-    run = on_main(lambda: checkpoint_path(place)).parent.parent
-    task = open_task(load_recipe(run / "recipe.yaml", overrides))
+    task = open_task(on_main(lambda: recipe_of(checkpoint_path(place), overrides)))
     classes = task.zero_shot(Path(zero_shot)) if zero_shot is not None else None
     model = task.build_model()
     path, state = _load_alike(model, place)

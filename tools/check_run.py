@@ -31,6 +31,7 @@ from convclip.models.checkpoint_weights import (
     read_pointer,
     read_state,
     read_weights,
+    recipe_of,
     step_folders,
     step_of,
 )
@@ -58,6 +59,10 @@ def check(options: argparse.Namespace) -> int:
         with findings.catching(f"{name} cannot be read"):
             read(folder / name)
     states = check_checkpoints(folder, findings)
+    if "recipe.yaml cannot be read" not in findings.counts:
+        for path in (path for path in step_folders(folder) if step_of(path) in states):
+            with findings.catching("recipe.yaml has another model than a checkpoint"):
+                recipe_of(path)
     check_pointers(folder, states, findings)
     counts = {name: check_rows(folder / name, findings) for name in LOGS}
     best = states[max(states)].best.get("step") if states else None

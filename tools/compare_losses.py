@@ -19,6 +19,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import re
 import sys
 from dataclasses import dataclass
@@ -27,6 +28,7 @@ from pathlib import Path
 import numpy as np
 
 from convclip.command_line import run
+from convclip.data.local_files import refuse_irregular
 from convclip.files import whole_file
 from convclip.schema import UserError
 
@@ -126,11 +128,13 @@ def compare(reference: dict[int, float], run: dict[int, float]) -> Comparison:
 
 def read_losses(path: Path) -> dict[int, float]:
     """{finished steps: loss} of a run folder or log; of a step logged again after a resume, the last counts."""
-    if path.is_dir():
+    if os.path.isdir(path):
         candidates = [path / name for name in ("metrics.jsonl", "out.log") if (path / name).is_file()]
         if not candidates:
             raise UserError(f"{path} holds neither metrics.jsonl nor out.log")
         path = candidates[0]
+    # A pipe would wait for a writer, a device never ends.
+    refuse_irregular(path, "log")
     try:
         text = path.read_text(encoding="utf-8-sig")
     except (OSError, UnicodeDecodeError) as error:

@@ -31,13 +31,13 @@ def export(options: argparse.Namespace) -> None:
     """Build the checkpoint's model, load it exactly, write the folder and say how to use it."""
     # Imported late: --help should not wait for torch.
     from convclip.models import build_model
-    from convclip.models.checkpoint_weights import checkpoint_path, load_from
+    from convclip.models.checkpoint_weights import checkpoint_path, load_from, recipe_of
     from convclip.models.export import export_open_clip
     from convclip.models.weights import load_exact
 
     if options.recipe is None:
         path = checkpoint_path(options.checkpoint)
-        recipe = load_recipe(path.parent.parent / "recipe.yaml", options.overrides)
+        recipe = recipe_of(path, options.overrides)
         refuse_video(recipe, options.checkpoint)
         model = build_model(recipe.model)
         load_from(model, options.checkpoint)

@@ -14,6 +14,7 @@ import html
 import io
 import json
 import math
+import os
 import sys
 from dataclasses import dataclass
 from pathlib import Path
@@ -29,8 +30,7 @@ if TYPE_CHECKING:
 
 # Okabe and Ito's colours: told apart by colour-blind readers too.
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000", "#B0A000")
-# Two ways of each recall: from pictures or videos to text, and back.
-RECALLS = tuple(f"{way}_r{k}" for k in (1, 5, 10) for way in ("i2t", "t2i", "v2t", "t2v"))
+RECALLS = tuple(f"{way}_r{k}" for k in (1, 5, 10) for way in ("i2t", "t2i", "v2t", "t2v"))  # Both ways of each recall.
 POINT = ("", ".")  # marker of a curve that is a line, and of one that is a single point
 LEAST_GAP = 0.03  # markers of events closer than this share of the run would cover each other: they share one
 
@@ -68,7 +68,7 @@ def plot(options: argparse.Namespace) -> None:
 
 def read_run(folder: Path) -> Run:
     """Read a run folder; UserError when it holds no logged step."""
-    if not folder.is_dir():
+    if not os.path.isdir(folder):
         raise UserError(f"{folder} is not a run folder: name the --output_dir of a run")
     rows = read_rows(folder / "metrics.jsonl")
     steps, events = [row for row in rows if "loss" in row], [row for row in rows if row.get("event") == "unfreeze"]

@@ -76,6 +76,8 @@ def _load_hugging_face(tower: schema.TextTowerConfig) -> Any:
         if not os.path.isdir(name):
             where = f"{name!r} is no folder, is not in the Hugging Face cache and cannot be downloaded"
         raise schema.UserError(f"model.text.tokenizer: {where}: give a folder that holds {files}") from None
+    if loader is GPT2TokenizerFast:
+        _check_merges(name, tokenizer)
     highest = max(tokenizer.get_vocab().values())
     if tokenizer.eos_token_id != highest:
         raise schema.UserError(
@@ -86,6 +88,19 @@ def _load_hugging_face(tower: schema.TextTowerConfig) -> Any:
     # Cutting to the context length is ours; without this, transformers warns about every long caption.
     tokenizer.model_max_length = int(1e9)
     return tokenizer
+
+
+def _check_merges(folder: str, tokenizer: Any) -> None:
+    """UserError where merges.txt does not make all tokens of vocab.json: cut, it would split captions otherwise."""
+    with open(os.path.join(folder, "merges.txt"), encoding="utf-8") as file:
+        made = {line.rstrip("\n").replace(" ", "") for line in file if not line.startswith("#version")}
+    words = [word for word in tokenizer.get_vocab() if len(word) > 1 and not word.startswith("<")]
+    lost = [word for word in words if word not in made]
+    if lost:
+        raise schema.UserError(
+            f"model.text.tokenizer: merges.txt of {folder} lacks {len(lost):,} of the {len(words):,} merges that its "
+            f"vocab.json is of, the first is {lost[0][:40]!r}: it is cut or of another tokenizer, copy both again"
+        )
 
 
 def _check_vocabulary(tower: schema.TextTowerConfig, size: int) -> None:

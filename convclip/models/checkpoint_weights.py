@@ -7,18 +7,22 @@ from __future__ import annotations
 
 import json
 import math
+import os
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
 import torch
+from pydantic import ValidationError
 from torch import Tensor, nn
 
+from convclip.config import first_problem, load_recipe
+from convclip.documents import parse_yaml
 from convclip.files import write_text
 from convclip.models.checkpoint_files import LOCKED, TensorFile, advice
-from convclip.schema import UserError
+from convclip.schema import Recipe, UserError
 
 FORMAT = 2
 # Format 1, of convclip 0.1.0, has no run, locked, recipe and data in its state, and no checksums.
@@ -27,6 +31,8 @@ MAX_STATE_BYTES = 16 * 2**20
 STEP_FOLDER = re.compile(r"step-(\d{8,12})")
 # How often a reader looks again for the checkpoint that a pointer names: a run that saves moves on.
 LOOKS = 4
+# Fields of a recipe that name files, which may lie elsewhere later.
+PLACES = ("pretrained", "tokenizer", "annotations", "frame_store", "teachers")
 
 
 @dataclass
@@ -148,14 +154,59 @@ def load_from(model: nn.Module, place: str | Path) -> tuple[Path, RunState]:
     raise AssertionError("the last look returns or raises")
 
 
+def recipe_of(checkpoint: Path, overrides: Sequence[str] = ()) -> Recipe:
+    """The recipe in the folder of the checkpoint's run, under these overrides.
+
+    Errors: UserError where it cannot be read, or has another model than the checkpoint was trained with. Places of
+    files may differ: a run that was moved finds its tokenizer elsewhere.
+    """
+    file = checkpoint.parent.parent / "recipe.yaml"
+    found = load_recipe(file)
+    try:
+        trained = read_state(checkpoint).recipe
+    except UserError:
+        # Gone, as a run that trains removes it, or damaged: whoever loads the weights finds that.
+        trained = ""
+    if trained:
+        source = f"the recipe in {checkpoint}/state.json"
+        try:
+            before = Recipe.model_validate(parse_yaml(trained, source))
+        except ValidationError as error:
+            raise UserError(f"{source} is damaged ({first_problem(error, Recipe)}): {advice(checkpoint)}") from None
+        then, now = _model_of(before), _model_of(found)
+        differ = [key for key in sorted(then.keys() | now.keys()) if then.get(key) != now.get(key)]
+        if differ:
+            key = differ[0]
+            raise UserError(
+                f"{file} has {key} {now.get(key)}, {checkpoint.name} was trained with {then.get(key)}: put it back, "
+                "or say what you want changed with --set"
+            )
+    return load_recipe(file, overrides) if overrides else found
+
+
+def _model_of(recipe: Recipe) -> dict[str, Any]:
+    """What makes the model and its pictures, `model.a.b: value`, without the places of files."""
+    values = recipe.model_dump(mode="json", by_alias=True)
+    waiting: list[tuple[str, Any]] = [(section, values.get(section)) for section in ("model", "video")]
+    flat: dict[str, Any] = {}
+    while waiting:
+        place, value = waiting.pop()
+        if isinstance(value, dict):
+            waiting += [(f"{place}.{key}", inner) for key, inner in value.items()]
+        elif place.rpartition(".")[2] not in PLACES:
+            flat[place] = value
+    return flat
+
+
 def checkpoint_path(place: str | Path) -> Path:
     """The checkpoint meant by `place`: a checkpoint folder, or a run folder (its `best`, else its `latest`)."""
     # `step-00000012`, said within checkpoints/, has its recipe two folders above.
     place = Path(place).absolute()
-    if (place / "state.json").is_file():
+    # Not Path.is_file, which raises for a name that is too long.
+    if os.path.isfile(place / "state.json"):
         return place
     for pointer in ("best", "latest"):
-        if (place / pointer).is_file():
+        if os.path.isfile(place / pointer):
             found = read_pointer(place, pointer)
             if found is None:
                 names = ", ".join(path.name for path in whole_checkpoints(place)) or "none is there"

@@ -19,11 +19,16 @@ from torch import Tensor
 
 from convclip import schema
 from convclip.files import whole_folder
+from convclip.models.checkpoint_files import checksum
 from convclip.models.dual_tower import DualTower, build_model
-from convclip.models.weights import CONFIG_FILE, load_exact
+from convclip.models.weights import CHECKSUMS, CONFIG_FILE, load_exact, metadata_of
 from convclip.schema import UserError
 
 OUR_CONFIG = "convclip_model.json"
+# Key of the weights' metadata: what of the configuration decides on the output.
+MODEL = "model"
+# Fields that name files, which may lie elsewhere later.
+PLACES = ("pretrained", "tokenizer")
 
 
 @dataclass(frozen=True)
@@ -69,7 +74,21 @@ def load_export(folder: str | Path) -> tuple[DualTower, schema.Model]:
         raise UserError(f"{path}: no model configuration of an export: {str(error).splitlines()[0]}") from None
     model = build_model(config)
     load_exact(model, folder)
+    # Exports of 0.1.0 do not say it.
+    built = metadata_of(folder).get(MODEL)
+    if built not in (None, _as_built(config.model_dump(mode="json"))):
+        raise UserError(f"{path} was changed, its weights were exported with {built}: put it back, or export again")
     return model.eval(), config
+
+
+def _as_built(config: dict[str, Any]) -> str:
+    """What of a configuration decides on a model's output, as JSON: all but the places of files."""
+    without_places = {
+        key: {k: v for k, v in value.items() if k not in PLACES} if isinstance(value, dict) else value
+        for key, value in config.items()
+        if key not in PLACES
+    }
+    return json.dumps(without_places, sort_keys=True)
 
 
 def open_clip_config(model: DualTower, config: schema.Model) -> dict[str, Any] | None:
@@ -108,6 +127,7 @@ def _write(folder: Path, files: dict[str, dict[str, Any]], tensors: dict[str, Te
         with whole_folder(folder) as part:
             for name, content in files.items():
                 (part / name).write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
-            save_file(tensors, part / weights, metadata={"format": "pt"})
+            metadata = {"format": "pt", CHECKSUMS: json.dumps({name: checksum(t) for name, t in tensors.items()})}
+            save_file(tensors, part / weights, metadata={**metadata, MODEL: _as_built(files[OUR_CONFIG])})
     except SafetensorError as error:
         raise UserError(f"{folder} cannot be written: {str(error).splitlines()[0]}") from None

@@ -16,10 +16,11 @@ from typing import Any
 import torch
 from huggingface_hub import hf_hub_download
 from huggingface_hub.errors import LocalEntryNotFoundError, RemoteEntryNotFoundError
-from safetensors.torch import load_file
+from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from convclip import schema
+from convclip.models.checkpoint_files import checksum
 from convclip.models.clip_text import TOP_LEVEL_NAMES
 from convclip.models.dual_tower import DualTower
 from convclip.models.tower import Tower
@@ -31,6 +32,8 @@ TIMM = "timm"
 # Names under which weights lie in a folder or Hub repository, best first.
 WEIGHT_FILES = ("open_clip_model.safetensors", "open_clip_pytorch_model.bin", "model.safetensors", "pytorch_model.bin")
 CONFIG_FILE = "open_clip_config.json"
+# Key of a safetensors file's metadata: JSON of a CRC-32 for each tensor.
+CHECKSUMS = "checksums"
 
 _NOT_WEIGHTS = ("attn_mask", "text.attn_mask", "input_resolution", "context_length", "vocab_size")
 
@@ -87,7 +90,7 @@ def read_weights(source: str) -> Tensors:
     _refuse_quick_gelu(path)
     try:
         content = (
-            load_file(path)
+            _load_safetensors(path)
             if path.suffix == ".safetensors"
             else torch.load(path, map_location="cpu", weights_only=True)
         )
@@ -129,6 +132,29 @@ def _check_tensors(path: Path, content: dict[Any, Tensor]) -> None:
         weight = tensor.is_floating_point() and name.removeprefix("module.") not in _NOT_WEIGHTS
         if weight and not torch.isfinite(tensor.float()).all():
             raise UserError(f"{path}: {name} holds NaN or infinity, so the weights are of a run that broke")
+
+
+def metadata_of(source: str | Path) -> dict[str, str]:
+    """What a .safetensors file or the one in a folder says of itself; {} for other files. Errors as `read_weights`."""
+    path = _weight_file(str(source))
+    if path.suffix != ".safetensors":
+        return {}
+    try:
+        with safe_open(path, framework="pt") as file:
+            return dict(file.metadata() or {})
+    except (OSError, SafetensorError, ValueError) as error:
+        raise UserError(f"{path}: damaged, cut short or no weight file ({_first_line(error)})") from None
+
+
+def _load_safetensors(path: Path) -> Tensors:
+    """The tensors of a file; ValueError where it has checksums, as our exports do, and one differs."""
+    with safe_open(path, framework="pt") as file:
+        tensors: Tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+        sums = json.loads((file.metadata() or {}).get(CHECKSUMS, "{}"))
+    for name, tensor in tensors.items():
+        if name in sums and sums[name] != checksum(tensor):
+            raise ValueError(f"wrong checksum of {name}")
+    return tensors
 
 
 def open_clip_names(tensors: Tensors) -> Tensors:

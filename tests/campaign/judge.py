@@ -10,6 +10,7 @@ import contextlib
 import io
 import logging
 import random
+import resource
 import signal
 import tempfile
 import traceback
@@ -24,6 +25,8 @@ from convclip.schema import UserError
 REFUSED, COUNTED, RIGHT, FAILED = "refused", "counted", "right", "failed"
 OUTCOMES = (REFUSED, COUNTED, RIGHT, FAILED)
 LONGEST_LINE = 600
+# Bytes that a case may take beyond what the process has when it begins.
+MEMORY = 3 << 30
 
 Kind = Callable[[Path, random.Random], str]
 
@@ -89,15 +92,21 @@ def table(results: Mapping[str, Counter[str]]) -> str:
 
 @contextlib.contextmanager
 def _limit(seconds: int) -> Iterator[None]:
+    """The time a case may take, and the memory: what the process has, and MEMORY more."""
+
     def stop(number: int, frame: object) -> None:
         raise TimedOut
 
     before = signal.signal(signal.SIGALRM, stop)
+    has = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
+    soft, hard = resource.getrlimit(resource.RLIMIT_AS)
+    resource.setrlimit(resource.RLIMIT_AS, (has + MEMORY, hard))
     signal.alarm(seconds)
     try:
         yield
     finally:
         signal.alarm(0)
+        resource.setrlimit(resource.RLIMIT_AS, (soft, hard))
         signal.signal(signal.SIGALRM, before)
 
 

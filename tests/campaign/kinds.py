@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from tests.campaign import data_kinds, model_kinds, settings_kinds
+from tests.campaign import checked_kinds, command_kinds, data_kinds, model_kinds, picture_kinds, settings_kinds
 from tests.campaign.judge import Kind
 
 _WEIGHTED: tuple[tuple[Kind, int], ...] = (
@@ -24,6 +24,15 @@ _WEIGHTED: tuple[tuple[Kind, int], ...] = (
     (model_kinds.tokenizers, 50),
     (model_kinds.captions, 50),
     (model_kinds.videos, 40),
+    (picture_kinds.picture_modes, 60),
+    (picture_kinds.picture_shapes, 20),
+    (checked_kinds.checked_shards, 50),
+    (checked_kinds.joined_stores, 50),
+    (checked_kinds.checked_runs, 80),
+    (checked_kinds.checked_exports, 40),
+    (command_kinds.wrong_files, 150),
+    (command_kinds.listed_commands, 20),
+    (command_kinds.evaluations, 60),
 )
 KINDS: dict[str, Kind] = {kind.__name__: kind for kind, _ in _WEIGHTED}
 WEIGHTS = {kind.__name__: weight for kind, weight in _WEIGHTED}

@@ -84,3 +84,11 @@ def test_end_token_must_be_the_highest_id(tmp_path):
     _write_gpt2(tmp_path, [END, *sorted(pre_tokenizers.ByteLevel.alphabet()), "th", "the"])
     with pytest.raises(UserError, match=r"end token .* has id 0.*highest id \(258\)"):
         build_tokenizer(_tower(tmp_path))
+
+
+def test_merges_that_are_cut_are_refused(tmp_path):
+    """They would split captions otherwise, and nothing would say so."""
+    _write_gpt2(tmp_path, [*sorted(pre_tokenizers.ByteLevel.alphabet()), "th", "the", END])
+    (tmp_path / "merges.txt").write_text("#version: 0.2\nt h\n")
+    with pytest.raises(UserError, match=r"merges.txt of .* lacks 1 of the 2 merges .* the first is 'the': it is cut"):
+        build_tokenizer(_tower(tmp_path))

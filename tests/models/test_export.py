@@ -86,6 +86,33 @@ def test_an_export_loads_back_here(tmp_path, text):
     torch.testing.assert_close(loaded.state_dict(), model.state_dict(), atol=0, rtol=0)
 
 
+@pytest.mark.parametrize("text", ["clip", "gpt2"])
+def test_a_changed_bit_of_an_export_is_refused(tmp_path, text):
+    done = export_open_clip(build(config(text)), config(text), tmp_path / "export")
+    (weights,) = done.folder.glob("*.safetensors")
+    sound = weights.read_bytes()
+    for place in (-1, -(len(sound) // 2)):
+        damaged = bytearray(sound)
+        damaged[place] ^= 1
+        weights.write_bytes(damaged)
+        with pytest.raises(schema.UserError, match=rf"{weights.name}: damaged, .* \(wrong checksum of"):
+            load_export(done.folder)
+    weights.write_bytes(sound)
+    path = done.folder / "convclip_model.json"
+    path.write_text(path.read_text().replace("0.1,", "0.2,", 1))
+    with pytest.raises(schema.UserError, match=r"convclip_model.json was changed, its weights were exported with"):
+        load_export(done.folder)
+
+
+def test_an_export_may_name_another_place_of_its_tokenizer(tmp_path):
+    done = export_open_clip(build(config()), config(), tmp_path / "export")
+    path = done.folder / "convclip_model.json"
+    content = json.loads(path.read_text())
+    content["text"]["tokenizer"] = "/elsewhere"
+    path.write_text(json.dumps(content))
+    assert load_export(done.folder)[1].text.tokenizer == "/elsewhere"
+
+
 def test_gpt2_is_safetensors_only_and_says_so(tmp_path):
     done = export_open_clip(build(config("gpt2")), config("gpt2"), tmp_path / "export")
     assert not done.for_open_clip and "safetensors" in done.note

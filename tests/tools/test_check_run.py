@@ -156,3 +156,16 @@ def test_no_run_is_an_error(tmp_path, capsys):
     for place in (tmp_path, tmp_path / "absent", tmp_path / ("x" * 5000), REPOSITORY / "README.md"):
         assert check_run.main([str(place)]) == 2
         assert "is not a run folder" in capsys.readouterr().err
+
+
+def test_a_recipe_of_another_model_is_found(folder, checked):
+    """What 0.1.0 wrote does not say its recipe; a state of now does."""
+    recipe = (folder / "recipe.yaml").read_text()
+    replaced(folder / "recipe.yaml", "- 0.48145466", "- 0.58145466")
+    assert checked(folder)[0] == 0
+    for path in (folder / "checkpoints").glob("step-*"):
+        state = json.loads((path / "state.json").read_text())
+        (path / "state.json").write_text(json.dumps({**state, "recipe": recipe}))
+    code, out, kinds = checked(folder)
+    assert code == 1 and kinds == {"recipe.yaml has another model than a checkpoint": 2}
+    assert "model.image.mean" in out

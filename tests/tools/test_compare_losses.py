@@ -3,6 +3,7 @@
 import json
 import logging
 import math
+import os
 import sys
 from types import SimpleNamespace
 
@@ -217,3 +218,10 @@ def test_a_fail_says_what_to_look_at_first(tmp_path, capsys, losses, first):
     assert advice.startswith("look first at: ") and first in advice
     assert compare_losses.main([str(tmp_path / "reference"), str(tmp_path / "reference")]) == 0
     assert "look first" not in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("name", ["pipe", "x" * 5000])
+def test_a_pipe_and_a_name_too_long_are_refused_at_once(tmp_path, name, capsys):
+    os.mkfifo(tmp_path / "pipe")
+    assert compare_losses.main([str(tmp_path / name), str(tmp_path)]) == 2
+    assert capsys.readouterr().err.count("\n") == 1
