@@ -23,7 +23,7 @@ from convclip.config import UserError
 from convclip.devices import RandomState
 from convclip.distributed import alike, gather_objects, is_main, on_main, rank
 from convclip.engine.zero.build import OptimizerSnapshot, restore_snapshot, take_snapshot
-from convclip.engine.zero.masters import is_replicated, master_shards
+from convclip.engine.zero.masters import MasterShard, is_replicated, master_shards
 from convclip.files import CannotWrite, publish, remove_folder, write_text, writing
 from convclip.models.checkpoint_files import LOCKED, TensorFile, is_finite, write_tensors
 from convclip.models.checkpoint_weights import (
@@ -140,10 +140,19 @@ def _remove_old(run_folder: Path, keep_last: int, later: bool) -> None:
             remove_folder(path)
 
 
+def _clear_padding(shard: MasterShard, values: Iterable[Any]) -> None:
+    """Zeros where a shard's master and state belong to no parameter: what stands there by chance may be no number."""
+    for value in values:
+        if isinstance(value, Tensor) and value.numel() == shard.flat.numel():
+            for gap in shard.padding:
+                value.data.view(-1)[gap] = 0
+
+
 def _refuse_not_finite(engine: DeepSpeedEngine, step: int) -> None:
     """UserError on every rank where masters, optimizer state or buffers of one are infinite or not a number."""
     snapshot, found = take_snapshot(engine), None
     for shard, master, state in zip(master_shards(engine), snapshot.masters, snapshot.states, strict=True):
+        _clear_padding(shard, (master, *state.values()))
         for what, value in (("", master), *state.items()):
             if found is None and isinstance(value, Tensor) and not is_finite(value):
                 found = f"{what} {shard.pieces[0].parameter if shard.pieces else ''} …".strip()

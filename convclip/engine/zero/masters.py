@@ -42,6 +42,15 @@ class MasterShard:
         """The master's values [n], sharing memory with it."""
         return self.master.data.view(-1)
 
+    @property
+    def padding(self) -> list[slice]:
+        """Stretches of `flat` that belong to no parameter. ZeRO-3 leaves there what the memory held before."""
+        gaps, end = [], 0
+        for piece in sorted(self.pieces, key=lambda piece: piece.offset):
+            gaps.append(slice(end, piece.offset))
+            end = piece.offset + piece.length
+        return [gap for gap in (*gaps, slice(end, self.flat.numel())) if gap.start < gap.stop]
+
 
 def master_shards(engine: DeepSpeedEngine) -> list[MasterShard]:
     """This rank's shards, in the optimizer's order: old groups first, so they keep their place across a rebuild."""
