@@ -108,14 +108,15 @@ def our_step(options: argparse.Namespace, recipe: Recipe, losses: list[float]) -
     def step() -> None:
         for group in engine.optimizer.param_groups:
             group["lr"] = LR
-        found, _ = chunked_step(
+        result = chunked_step(
             engine,
             chunks(),
-            lambda image, text, scale, _: {"total": clip_loss(image, text, scale)},
+            lambda outputs, *_: {"total": clip_loss(outputs.image, outputs.text, outputs.logit_scale)},
+            0,
             frozen,
             recipe.batch.keep_frozen_gib * 2**30,
         )
-        losses.append(found["total"].item())
+        losses.append(result.losses["total"].item())
 
     return step
 

@@ -17,7 +17,6 @@ from __future__ import annotations
 import argparse
 import csv
 import functools
-import itertools
 import json
 import os
 import re
@@ -38,9 +37,11 @@ import torch
 from convclip import run as engine_run
 from convclip.config import load_recipe
 from convclip.data.coco import read_coco
-from convclip.engine.inputs import InputSource
-from convclip.engine.objective import Objective
-from convclip.engine.stored.extraction import Extraction, extract
+from convclip.engine.inputs import ImageTextSource
+from convclip.engine.objective import ImageTextObjective
+from convclip.engine.stored.extraction import Extraction
+from convclip.engine.task import ImageTextTask
+from convclip.engine.trainer import Trainer
 from convclip.engine.zero.launcher import start_processes
 from convclip.schema import Recipe
 
@@ -82,12 +83,12 @@ def timed(name: str, function: Callable) -> Callable:
 
 def watch_steps() -> None:
     """Time the parts of the trainer's steps. `towers` live are both whole towers, from the store the head alone."""
-    InputSource.__call__ = timed("read", InputSource.__call__)
-    Objective.__call__ = timed("loss", Objective.__call__)
+    ImageTextSource.inputs = timed("read", ImageTextSource.inputs)
+    ImageTextObjective.__call__ = timed("loss", ImageTextObjective.__call__)
     engine = deepspeed.DeepSpeedEngine
     engine.forward, engine.backward = timed("towers", engine.forward), timed("backward", engine.backward)
     engine.step = timed("optimizer", engine.step)
-    engine_run.Trainer._train_step = timed("step", engine_run.Trainer._train_step)
+    Trainer._train_step = timed("step", Trainer._train_step)
     Extraction.compute = rows_only(Extraction.compute)
 
 
@@ -187,23 +188,28 @@ def measure_open_clip(python: str, folder: Path, batch: int, steps: int) -> floa
     return statistics.median(rates[1:])
 
 
+def take_step(trainer: Trainer, batches: Iterator) -> None:
+    """One step of a trainer whose `fit` is left out."""
+    trainer._train_step(batches)
+    trainer.state.step += 1
+
+
 def compare_steps(folder: Path, store: Path, batch: int, steps: int) -> tuple[float, float]:
     """Steps of the student with its teacher from the store over steps without one, in turn: wall and CPU time."""
     trainers, streams = [], []
-    fit, engine_run.Trainer.fit = engine_run.Trainer.fit, lambda trainer: trainer
+    fit, Trainer.fit = Trainer.fit, lambda trainer: trainer
     for number, teacher in enumerate(([], ["teacher=null"])):
         recipe = make_recipe(folder, batch, steps, f"features={store}", "data.workers=0", *teacher)
         trainers.append(engine_run.train_recipe(recipe, DS_CONFIG, folder / f"pair{number}"))
-        loader, wanted = trainers[-1].loader, trainers[-1].source.wanted
-        streams.append(itertools.chain.from_iterable(loader.epoch(epoch, **wanted) for epoch in itertools.count()))
-        trainers[-1]._train_step(0, streams[-1])
-    engine_run.Trainer.fit = fit
+        streams.append(trainers[-1]._batches())
+        take_step(trainers[-1], streams[-1])
+    Trainer.fit = fit
     spent.clear()
     for number in range(steps):
         # Who goes first changes, so that neither always finds the caches as the other left them.
         for which in (0, 1) if number % 2 else (1, 0):
             spent.pop("step", None), spent.pop("step cpu", None)
-            trainers[which]._train_step(0, streams[which])
+            take_step(trainers[which], streams[which])
             for name in ("step", "step cpu"):
                 spent[f"{which} {name}"] += spent[name]
     wall, cpu = (
@@ -217,7 +223,7 @@ def compare(folder: Path, arguments: argparse.Namespace, rows: int) -> None:
     batch, store = arguments.batch, folder / "store.h5"
     views = "features.views=1"
     spent.clear()
-    extract(make_recipe(folder, batch, 1, views), store, torch.float32)
+    ImageTextTask(make_recipe(folder, batch, 1, views)).extract(store, torch.float32)
     extraction = sum(spent["extraction"])
     print(f"extraction: {extraction:.1f} s, {store.stat().st_size / 2**20:.1f} MiB", flush=True)
     stored = measure(make_recipe(folder, batch, arguments.steps, f"features={store}"), folder / "stored")

@@ -50,7 +50,8 @@ def ds_config(stage: int, micro: int) -> dict[str, Any]:
 
 def engine_step(engine: Any, images: Tensor, texts: Tensor) -> None:
     """Forward, backward and optimizer step under DeepSpeed."""
-    engine.backward(clip_loss(*engine(images, texts)))
+    outputs = engine(images, texts)
+    engine.backward(clip_loss(outputs.image, outputs.text, outputs.logit_scale))
     for group in engine.optimizer.param_groups:
         group["lr"] = LR * group["lr_scale"]
     engine.step()
@@ -167,7 +168,8 @@ def measure_overhead(repeats: int) -> None:
 
     def plain_step() -> None:
         optimizer.zero_grad()
-        clip_loss(*plain(images, texts)).backward()
+        outputs = plain(images, texts)
+        clip_loss(outputs.image, outputs.text, outputs.logit_scale).backward()
         optimizer.step()
 
     for stage in range(4):

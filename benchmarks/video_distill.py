@@ -15,7 +15,6 @@ from __future__ import annotations
 import argparse
 import json
 import os
-import resource
 import statistics
 import subprocess
 import sys
@@ -72,45 +71,41 @@ def recipe_of(folder: Path, options: argparse.Namespace, mode: str) -> Recipe:
 
 def run_mode(mode: str, folder: Path, options: argparse.Namespace) -> dict[str, float]:
     """Train some steps; seconds of a step (wall and CPU) and peak memory in GiB."""
-    from convclip.video.video_parts import open_video_inputs
-    from deepspeed.accelerator import get_accelerator
-
-    from convclip.engine.objective import VideoObjective
+    from convclip.devices import current_device, memory_gib
     from convclip.engine.stages.groups import training_stages
-    from convclip.engine.stored.extraction import initial_model
+    from convclip.models.dual_tower import INPUT
+    from convclip.run import open_task
 
     torch.set_num_threads(options.threads)
-    device, recipe = torch.device(get_accelerator().current_device_name()), recipe_of(folder, options, mode)
+    device, recipe = current_device(), recipe_of(folder, options, mode)
     store = folder / "towers.h5" if MODES[mode][2] else None
-    loader, source = open_video_inputs(recipe, device, torch.float32, store)
-    model = initial_model(recipe)[0].to(device)
+    task = open_task(recipe)
+    model = task.initial_model()[0]
+    loader, source, objective = task.open(model, device, torch.float32, store)
+    model = model.to(device)
     trainable = training_stages(model, recipe)[0].trainable
     for name, parameter in model.named_parameters():
         parameter.requires_grad_(name in trainable)
     model.train()
-    source.enter_stage(0, trainable)
-    objective = VideoObjective(recipe)
+    reads = source.reads(INPUT, trainable, 0)
     optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-6, fused=True)
     wall, cpu = [], []
     steps = 1 + options.steps * (20 if store else 1)
-    batches = (batch for epoch in range(10**6) for batch in loader.epoch(epoch, **source.wanted))
+    batches = (batch for epoch in range(10**6) for batch in loader.epoch(epoch, pixels=reads.pixels, text=reads.text))
     for _ in range(steps):
         started, used = time.perf_counter(), time.process_time()
-        inputs = source(next(batches), 0)
-        video, text, scale, *others = model(*inputs.model_inputs())
-        loss = objective(video, text, scale, [inputs.with_reference(*others)])["total"]
+        inputs = source.inputs(next(batches), 0, reads)
+        loss = objective(model(*inputs.model_inputs()), [inputs], 0)["total"]
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
         loss.item()
         wall.append(time.perf_counter() - started)
         cpu.append(time.process_time() - used)
-    on_cpu = get_accelerator().device_name() == "cpu"
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
     return {
         "wall": statistics.median(wall[1:]),
         "cpu": statistics.median(cpu[1:]),
-        "gib": peak if on_cpu else get_accelerator().max_memory_allocated() / 2**30,
+        "gib": memory_gib(),
     }
 
 

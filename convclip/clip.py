@@ -24,7 +24,7 @@ from convclip.data.pixels import plain_picture
 from convclip.data.samples import BrokenSample, decode_image
 from convclip.data.tokenizers import Tokenizer, build_tokenizer
 from convclip.data.transforms import EvalTransform, normalize, stack_images
-from convclip.devices import PRECISIONS
+from convclip.devices import PRECISIONS, pick_device
 from convclip.models import DualTower, build_model
 from convclip.models.batch_norm import to_precision
 from convclip.models.checkpoint_weights import checkpoint_path, load_from, recipe_of
@@ -186,24 +186,6 @@ def load_clip(
         logit_scale=scale,
         logit_bias=bias,
     )
-
-
-def pick_device(device: str | torch.device | None) -> torch.device:
-    """`device`; for None what DS_ACCELERATOR names, else the accelerator, else the CPU. UserError: it is not there."""
-    present = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None
-    wanted = device or os.environ.get("DS_ACCELERATOR") or present or "cpu"
-    count = torch.accelerator.device_count() if present else 0
-    try:
-        found = torch.device(wanted)
-    except (RuntimeError, TypeError):
-        found = None
-    if found is not None and found.type == "cpu":
-        return found
-    if found is not None and present is not None and found.type == present.type and (found.index or 0) < count:
-        return found
-    named = f"device {wanted}" if device else f"DS_ACCELERATOR {wanted}"
-    here = "cpu" if present is None else f"cpu and {count} x {present.type}"
-    raise UserError(f"{named} is not there: this machine has {here}")
 
 
 def _read(source: str | Path, recipe: str | Path | Recipe | None) -> tuple[DualTower, schema.Model, Recipe | None]:

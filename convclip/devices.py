@@ -14,6 +14,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from convclip.schema import UserError
+
 # Precisions by the names that ds_configs and command lines use.
 PRECISIONS = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
@@ -30,6 +32,24 @@ def current_device() -> torch.device:
     accelerator = torch.accelerator.current_accelerator()
     assert accelerator is not None
     return torch.device(accelerator.type, torch.accelerator.current_device_index())
+
+
+def pick_device(device: str | torch.device | None) -> torch.device:
+    """`device`; for None what DS_ACCELERATOR names, else the accelerator, else the CPU. UserError: it is not there."""
+    present = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None
+    wanted = device or os.environ.get("DS_ACCELERATOR") or present or "cpu"
+    count = torch.accelerator.device_count() if present else 0
+    try:
+        found = torch.device(wanted)
+    except (RuntimeError, TypeError):
+        found = None
+    if found is not None and found.type == "cpu":
+        return found
+    if found is not None and present is not None and found.type == present.type and (found.index or 0) < count:
+        return found
+    named = f"device {wanted}" if device else f"DS_ACCELERATOR {wanted}"
+    here = "cpu" if present is None else f"cpu and {count} x {present.type}"
+    raise UserError(f"{named} is not there: this machine has {here}")
 
 
 def memory_gib() -> float:

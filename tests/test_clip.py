@@ -20,10 +20,10 @@ from PIL import Image
 from safetensors.torch import save_file
 
 import convclip
-from convclip.clip import pick_device
 from convclip.config import load_recipe
 from convclip.data.evaluation_set import load_evaluation_set
 from convclip.data.pixels import plain_picture
+from convclip.devices import pick_device
 from convclip.evaluation.embedding import Encoder, embed
 from convclip.features.reader import FeatureStore
 from convclip.models import build_model

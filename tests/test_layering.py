@@ -23,7 +23,7 @@ MAY_IMPORT = {
     "schema": {"sections", "documents"},
     "config": {"schema", "documents"},
     "distributed": set(),
-    "devices": set(),
+    "devices": {"schema"},
     "command_line": {"schema"},
     "files": {"schema"},
     "models": GROUND,

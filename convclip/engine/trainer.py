@@ -9,8 +9,6 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from convclip.data.loader import Batch
 from convclip.devices import RandomState, current_device, on_accelerator
 from convclip.engine.inputs import Reads
@@ -42,7 +40,7 @@ class Trainer:
         self.total_steps = int(min(self.steps_per_epoch * self.recipe.epochs, self.recipe.max_steps or math.inf))
         self.log, self.clock = RunLog(folder, self.total_steps, start.state.step), StepClock()
         self.staged = StagedEngine(model, self.recipe, ds_config, self.steps_per_epoch, folder)
-        self.losses = LossWatch(self.recipe.max_bad_steps, skips_are_normal=self.staged.dtype == torch.float16)
+        self.losses = LossWatch(self.recipe.max_bad_steps, skips_are_normal=self.staged.adapts_loss_scale)
         self.rates = LearningRates(self.recipe, self.total_steps, self.staged.event_starts)
         self.state = start.state
         self.staged.load(start)
@@ -76,7 +74,8 @@ class Trainer:
         """One optimizer step on the next micro batches."""
         staged, step, batch = self.staged, self.state.step, self.recipe.batch
         self.rates.set(step, staged.parameter_groups)
-        inputs = (self._inputs(self.clock.waiting(batches)) for _ in range(staged.micro_batches))
+        reads = self._reads()
+        inputs = (self._inputs(self.clock.waiting(batches), reads) for _ in range(staged.micro_batches))
         if batch.micro is None:
             result = accumulated_step(staged.engine, inputs, self.parts.objective, step)
         else:
@@ -102,11 +101,11 @@ class Trainer:
         """What the present step takes from the feature store."""
         return self.parts.source.reads(self.staged.frozen, self.staged.trainable, self.state.step)
 
-    def _inputs(self, batch: Batch) -> Any:
+    def _inputs(self, batch: Batch, reads: Reads) -> Any:
         """A micro batch on the device; names the samples in it that were broken."""
         for problem in batch["broken"]:
             logger.warning(f"step {self.state.step + 1}: broken sample replaced: {problem}")
-        return self.parts.source.inputs(batch, self.state.step // self.steps_per_epoch, self._reads())
+        return self.parts.source.inputs(batch, self.state.step // self.steps_per_epoch, reads)
 
     def _open_due(self) -> None:
         """Open the stages that begin before this step: the engine is rebuilt with their groups added."""

@@ -49,9 +49,10 @@ def float32_statistics(model: nn.Module) -> Iterator[None]:
 def average_running_statistics(model: nn.Module) -> None:
     """Give every rank the mean of all ranks' running statistics; a collective. They train on different rows.
 
-    A running mean is linear in what it has seen, so it does not matter how often this is called.
+    A running mean is linear in what it has seen, so it does not matter how often this is called. Norms in eval mode,
+    such as a locked tower's, are alike already: the mean of three equal numbers may round to another one.
     """
-    norms = batch_norms(model)
+    norms = [norm for norm in batch_norms(model) if norm.training]
     if world_size() == 1 or not norms:
         return
     own = [value for norm in norms for value in _statistics(norm)]

@@ -54,19 +54,25 @@ def inputs(step: int, micro: int) -> Tensor:
     return torch.randn(BATCH, 7, generator=torch.Generator().manual_seed(1000 + ACCUMULATION * step + micro))
 
 
-def plain_run(steps: int = STEPS) -> dict[str, Tensor]:
-    """The oracle: one process, torch.optim.AdamW, add_param_group at the events."""
+def adamw(entries: list[dict[str, Any]]) -> torch.optim.Optimizer:
+    """Torch's own, as `OPTIM` says."""
+    return torch.optim.AdamW(entries, lr=0.0, betas=OPTIM.betas, eps=OPTIM.eps)
+
+
+def plain_run(steps: int = STEPS, make: Callable[..., torch.optim.Optimizer] = adamw) -> dict[str, Tensor]:
+    """The oracle: one process, a plain torch optimizer, add_param_group at the events."""
     model = SmallModel().requires_grad_(False)
     parameters = dict(model.named_parameters())
-    optimizer: torch.optim.AdamW | None = None
+    optimizer: torch.optim.Optimizer | None = None
     for step in range(steps):
         for group in SCHEDULE.get(step, [])[len(optimizer.param_groups) if optimizer else 0 :]:
             members = [parameters[name].requires_grad_(True) for name in group.parameters]
             entry = {"params": members, "weight_decay": group.weight_decay, "lr_scale": group.lr_scale}
             if optimizer is None:
-                optimizer = torch.optim.AdamW([entry], lr=0.0, betas=OPTIM.betas, eps=OPTIM.eps)
+                optimizer = make([entry])
             else:
                 optimizer.add_param_group(entry)
+        assert optimizer is not None
         optimizer.zero_grad()
         for micro in range(ACCUMULATION):
             (model(inputs(step, micro)).square().mean() / ACCUMULATION).backward()

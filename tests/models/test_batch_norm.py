@@ -62,3 +62,15 @@ def test_synchronised_norms_keep_their_names_and_need_an_accelerator(monkeypatch
     found = synchronised(model)
     assert list(found.state_dict()) == names
     assert all(isinstance(norm, nn.SyncBatchNorm) for norm in found[1:])
+
+
+def locked_and_averaged() -> bool:
+    """Ranks whose locked norms differ, which no run has: so that any averaging would show."""
+    norm = nn.BatchNorm2d(4)
+    norm.running_mean.fill_(distributed.rank() + 1.0)
+    average_running_statistics(nn.Sequential(norm.eval()))
+    return bool((norm.running_mean == distributed.rank() + 1.0).all())
+
+
+def test_norms_in_eval_mode_are_left_to_the_bit():
+    assert run_in_world(2, locked_and_averaged) == [True, True]

@@ -63,6 +63,12 @@ def precision(ds_config: Mapping[str, Any]) -> torch.dtype:
     return torch.bfloat16 if ds_config.get("bf16", {}).get("enabled") else torch.float32
 
 
+def adapts_loss_scale(ds_config: Mapping[str, Any]) -> bool:
+    """Whether fp16's loss scale finds its size by itself, which it does by skipping updates."""
+    fp16 = ds_config.get("fp16", {})
+    return bool(fp16.get("enabled")) and not fp16.get("loss_scale")
+
+
 def zero_stage(ds_config: Mapping[str, Any]) -> int:
     """ZeRO stage of `ds_config`."""
     return ds_config.get("zero_optimization", {}).get("stage", 0)

@@ -15,7 +15,7 @@ from convclip.distributed import alike, on_main, rank, world_size
 from convclip.engine.stages.groups import Stage, event_starts, training_stages
 from convclip.engine.zero.build import build_engine, dismantle, rebuild_engine
 from convclip.engine.zero.checkpoint import load_checkpoint, move_pointer, remove_old, save_checkpoint, save_locked
-from convclip.engine.zero.ds_config import precision
+from convclip.engine.zero.ds_config import adapts_loss_scale, precision
 from convclip.engine.zero.masters import clamp_parameter, master_shards
 from convclip.models.batch_norm import average_running_statistics
 from convclip.models.checkpoint_weights import RunState, load_weights, read_state, write_state
@@ -53,6 +53,7 @@ class StagedEngine:
         """`model` is in fp32 on the CPU; `folder` is the run's. Errors: UserError of the recipe's events."""
         self.recipe, self.ds_config, self.folder = recipe, ds_config, folder
         self.world, self.dtype = world_size(), precision(ds_config)
+        self.adapts_loss_scale = adapts_loss_scale(ds_config)
         self.micro_batches: int = ds_config["gradient_accumulation_steps"]
         self.stages = training_stages(model, recipe)
         self.starts = [stage.start(steps_per_epoch) for stage in self.stages]
