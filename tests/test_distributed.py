@@ -3,7 +3,7 @@
 import torch
 
 from convclip import distributed
-from tests.worlds import run_in_world
+from tests.processes import run_in_world
 
 
 def test_works_without_initialisation():

@@ -16,7 +16,7 @@ from convclip.data.tokenizers import build_tokenizer
 from convclip.features.reader import FeatureStore
 from convclip.models.export import load_export
 from tests.conftest import REPOSITORY
-from tests.engine.small_engine import run_ranks
+from tests.processes import run_ranks
 
 FOLDER = REPOSITORY / "tests" / "fixtures" / "0.1.0"
 EXPECTED = json.loads((FOLDER / "expected.json").read_text())
@@ -65,7 +65,7 @@ def lower_medians(figures):
 def test_a_run_is_evaluated_and_gone_on_with(tmp_path):
     run = tmp_path / "run"
     shutil.copytree(FOLDER / "run", run)
-    figures, summary, difference = run_ranks(1, tmp_path / "o.pt", evaluate_and_resume, str(run), str(tmp_path / "e"))
+    figures, summary, difference = run_ranks(1, evaluate_and_resume, str(run), str(tmp_path / "e"))
     at_step_3 = EXPECTED["evaluation"][0]
     for protocol in ("standard", "rowwise"):
         assert lower_medians(figures[protocol]) == at_step_3[protocol]

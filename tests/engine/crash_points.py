@@ -7,7 +7,6 @@ operation is what a kill before that operation leaves, and one run gives all of 
 from __future__ import annotations
 
 import os
-import re
 import shutil
 import sys
 import threading
@@ -17,6 +16,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+
+from tests.engine.outcome import contents
 
 # What Python says of itself when it changes files; a rename over a file is os.rename too.
 CHANGES = ("os.rename", "os.remove", "os.rmdir", "os.mkdir", "os.truncate", "shutil.rmtree")
@@ -121,16 +122,6 @@ def recording(recorder: Recorder) -> Iterator[None]:
             yield
         finally:
             _recorders[:] = [_off]
-
-
-def contents(folder: Path) -> dict[str, bytes]:
-    """Bytes by file name, with process numbers taken out of temporary names; not what nobody reads back."""
-    found: dict[str, bytes] = {}
-    for path in sorted(folder.rglob("*")):
-        name = re.sub(r"\.[0-9a-f]{8}-\d+-\d+\.part", ".N.part", str(path.relative_to(folder)))
-        if not name.startswith("tensorboard") and name != "train.log":
-            found[name] = path.read_bytes() if path.is_file() else b""
-    return found
 
 
 def _heard(event: str, arguments: tuple[Any, ...]) -> None:

@@ -2,10 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
-import os
-import random
-import socket
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -162,35 +158,3 @@ def allow_fp16_on_cpu() -> None:
     accelerator = type(get_accelerator())
     accelerator.is_fp16_supported = lambda self: True
     accelerator.supported_dtypes = lambda self: [torch.float32, torch.bfloat16, torch.float16]
-
-
-def free_port() -> int:
-    """A TCP port that nobody listens on, and that no connection is given while the ranks start: it lies below those."""
-    candidates = list(range(20_000, 32_000))
-    random.SystemRandom().shuffle(candidates)
-    for port in candidates:
-        with socket.socket() as probe, contextlib.suppress(OSError):
-            probe.bind(("127.0.0.1", port))
-            return port
-    raise OSError("no free port from 20000 to 32000")
-
-
-def _worker(rank: int, world: int, port: int, target: Callable[..., Any], arguments: tuple, out: str) -> None:
-    os.environ.update(
-        RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(world), MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port)
-    )
-    torch.set_num_threads(1)
-    from convclip.engine.zero.launcher import start_processes
-
-    start_processes()
-    result = target(*arguments)
-    if rank == 0:
-        torch.save(result, out)
-    # A rank that leaves early takes the others' connections with it.
-    torch.distributed.barrier()
-
-
-def run_ranks(world: int, out: str, target: Callable[..., Any], *arguments: Any) -> Any:
-    """Call `target(*arguments)` in `world` fresh processes that form a gloo group; rank 0's result."""
-    torch.multiprocessing.spawn(_worker, (world, free_port(), target, arguments, str(out)), nprocs=world)
-    return torch.load(out, weights_only=False)

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import os
 import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +10,7 @@ import torch
 
 from tests.conftest import REPOSITORY
 from tests.data.makers import noise_jpeg, write_tar
-from tests.engine.small_engine import free_port
+from tests.processes import run_script
 
 RECIPE = """
 epochs: 4
@@ -61,34 +59,23 @@ def arguments(files: Path, output: Path, *more: str, ds_config: str = "zero2_fp3
     ]
 
 
-def launch(world: int, script: str, *arguments: str) -> list[str]:
-    """The command that runs `script` under the real deepspeed launcher."""
-    launcher = Path(sys.executable).with_name("deepspeed")
-    options = ["--num_gpus", str(world), "--master_port", str(free_port()), "--log_level", "error"]
-    return [str(launcher), *options, script, *arguments]
-
-
-def run(command: list[str]) -> subprocess.CompletedProcess:
-    """Run a command at the repository's root."""
-    return subprocess.run(
-        command, cwd=REPOSITORY, capture_output=True, text=True, timeout=400, check=False, env=dict(os.environ)
-    )
-
-
 def train_alone(*arguments: str) -> subprocess.CompletedProcess:
-    """launch/train.py by plain python: one process."""
-    return run([sys.executable, "launch/train.py", *arguments])
+    """launch/train.py by itself: one process."""
+    return run_script("launch/train.py", *arguments)
 
 
-def train_here(files: str, output: str, stage: int, overrides: tuple[str, ...] = (), resume: str = "never") -> Any:
-    """Train in this process group by the Python entry point; the summary."""
+def train_here(
+    files: str, output: str, stage: int | str, overrides: tuple[str, ...] = (), resume: str = "never"
+) -> Any:
+    """Train in this process group by the Python entry point; the summary. `stage` may be a ds_config's path."""
     from convclip.config import load_recipe
     from convclip.run import train_recipe
 
     given = arguments(Path(files), Path(output), ds_config=f"zero{stage}_fp32")
+    ds_config = stage if isinstance(stage, str) else given[5]
     data = [f"data.train={given[7]}", f"data.val={given[9]}"]
     recipe = load_recipe(given[1], [*overrides, *data])
-    return train_recipe(recipe, given[5], Path(output), resume)
+    return train_recipe(recipe, ds_config, Path(output), resume)
 
 
 def weights_of(run_folder: Path) -> dict[str, torch.Tensor]:

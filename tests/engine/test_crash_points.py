@@ -2,56 +2,23 @@
 
 from __future__ import annotations
 
-import json
 import os
 import shutil
 from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
 
-from tests.engine.crash_points import Recorder, contents, recording
-from tests.engine.small_engine import run_ranks
+from tests.engine.crash_points import Recorder, recording
+from tests.engine.outcome import differences, outcome
 from tests.engine.small_run import make_files, train_here
+from tests.processes import run_ranks
 
 pytestmark = pytest.mark.launch
 
 # Five steps, three an epoch: an event and an evaluation at step 3, saves at steps 2, 3, 4 and 5 of which one is kept.
 SMALL = ("batch.global=8", "max_steps=5", "checkpoint.every_steps=2", "checkpoint.keep_last=1")
-TIMES = ("samples_per_s", "data_share", "step_seconds", "memory_gib")
 SPREAD = 15
-
-
-def outcome(run: Path) -> dict[str, Any]:
-    """What a run leaves, but for times and for what is drawn at random."""
-    files = contents(run)
-    found: dict[str, Any] = {}
-    for name, data in files.items():
-        if name.endswith(".jsonl"):
-            rows = [json.loads(line) for line in data.splitlines()]
-            found[name] = [{k: v for k, v in row.items() if k not in TIMES} for row in rows]
-        elif name.endswith("state.json"):
-            found[name] = {**json.loads(data), "run": ""}
-        elif name.endswith(".safetensors"):
-            from safetensors.torch import load
-
-            found[name] = load(data)
-        else:
-            found[name] = data
-    return found
-
-
-def differences(expected: dict[str, Any], found: dict[str, Any]) -> list[str]:
-    wrong = [f"{name} is there" for name in found.keys() - expected.keys()]
-    for name, value in expected.items():
-        if name not in found:
-            wrong.append(f"{name} is missing")
-        elif name.endswith(".safetensors"):
-            wrong += [f"{name} {key}" for key in value if not torch.equal(value[key], found[name][key])]
-        elif value != found[name]:
-            wrong.append(f"{name}: {value} != {found[name]}")
-    return wrong
 
 
 def read_back(place: Path) -> str | None:
@@ -107,7 +74,7 @@ def files(tmp_path_factory):
 
 
 def test_a_kill_at_a_file_operation_changes_nothing(files, tmp_path):
-    found = run_ranks(1, tmp_path / "out.pt", kill_everywhere, str(files), str(tmp_path), 2, SPREAD)
+    found = run_ranks(1, kill_everywhere, str(files), str(tmp_path), 2, SPREAD)
     assert found["operations"] > 70 and found["points"] == SPREAD
     assert not found["wrong"], found["wrong"]
 
@@ -115,7 +82,7 @@ def test_a_kill_at_a_file_operation_changes_nothing(files, tmp_path):
 @pytest.mark.full
 @pytest.mark.skipif("CONVCLIP_FULL" not in os.environ, reason="make test-full runs all of them")
 def test_a_kill_at_any_file_operation_changes_nothing(files, tmp_path):
-    found = run_ranks(1, tmp_path / "out.pt", kill_everywhere, str(files), str(tmp_path), 2, None)
+    found = run_ranks(1, kill_everywhere, str(files), str(tmp_path), 2, None)
     print(f"{found['operations']} operations, {found['points']} different states of the folder")
     assert found["points"] >= 60
     assert not found["wrong"], found["wrong"]

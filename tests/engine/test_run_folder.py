@@ -19,9 +19,9 @@ from convclip.models.checkpoint_files import TensorFile, write_tensors
 from convclip.models.checkpoint_weights import RunState, checkpoint_path, load_from, read_state, read_weights
 from convclip.schema import UserError
 from tests.data.makers import noise_jpeg, write_tar
-from tests.engine.small_engine import run_ranks
 from tests.engine.small_run import make_files, train_here, weights_of
 from tests.engine.test_crash_points import kill_everywhere
+from tests.processes import run_ranks
 
 pytestmark = pytest.mark.launch
 
@@ -54,14 +54,14 @@ def alone(files, tmp_path_factory):
     """What one process found."""
     folder = tmp_path_factory.mktemp("alone")
     works = ("damaged", "other_runs", "going_on", "other_data")
-    return run_ranks(1, folder / "out.pt", in_turn, str(files), str(folder), works)
+    return run_ranks(1, in_turn, str(files), str(folder), works)
 
 
 @pytest.fixture(scope="module")
 def together(files, tmp_path_factory):
     """What two processes found."""
     folder = tmp_path_factory.mktemp("together")
-    return run_ranks(2, folder / "out.pt", in_turn, str(files), str(folder), ("not_finite", "full_disk", "kill_some"))
+    return run_ranks(2, in_turn, str(files), str(folder), ("not_finite", "full_disk", "kill_some"))
 
 
 def rows(path: Path) -> list[dict[str, Any]]:

@@ -19,7 +19,6 @@ from convclip.engine.steps import accumulated_step, chunked_step
 from convclip.models.dual_tower import INPUT, Cut, DualTower, Outputs
 from convclip.models.layer_groups import frozen_cut
 from convclip.schema import Recipe
-from tests.engine.small_engine import run_ranks
 from tests.engine.small_steps import (
     BATCH,
     CHUNK,
@@ -32,6 +31,7 @@ from tests.engine.small_steps import (
     small_model,
     small_recipe,
 )
+from tests.processes import run_ranks
 
 ZERO_STAGES = (0, 1, 2, 3)
 
@@ -84,9 +84,8 @@ def counted(plain: Callable[..., Any], counts: list[int], tensor: Tensor, *more:
 
 
 @pytest.fixture(scope="module", params=[1, 2], ids=["world1", "world2"])
-def found(request, tmp_path_factory) -> tuple[int, dict]:
-    out = tmp_path_factory.mktemp("steps") / "found.pt"
-    return request.param, run_ranks(request.param, out, all_ways, request.param)
+def found(request) -> tuple[int, dict]:
+    return request.param, run_ranks(request.param, all_ways, request.param)
 
 
 def difference(a: dict[str, Tensor], b: dict[str, Tensor]) -> float:

@@ -13,8 +13,8 @@ import pytest
 import torch
 
 from tests.conftest import REPOSITORY
-from tests.engine.small_engine import run_ranks
-from tests.engine.small_run import arguments, launch, make_files, run, train_alone, train_here, weights_of
+from tests.engine.small_run import arguments, make_files, train_alone, train_here, weights_of
+from tests.processes import launch, run, run_ranks, run_script
 
 pytestmark = pytest.mark.launch
 
@@ -85,8 +85,8 @@ def test_an_exported_run_embeds_the_same_in_open_clip(launched, files, tmp_path)
     from convclip.models.checkpoint_weights import load_weights
 
     _, output = launched
-    export = [sys.executable, "tools/export_open_clip.py", "--checkpoint", str(output), "--output_dir"]
-    done = run([*export, str(tmp_path / "export")])
+    options = ["--checkpoint", str(output), "--output_dir", str(tmp_path / "export")]
+    done = run_script("tools/export_open_clip.py", *options)
     assert done.returncode == 0, done.stdout + done.stderr
     theirs, _, _ = open_clip.create_model_and_transforms(f"local-dir:{tmp_path / 'export'}")
     ours = build_model(load_recipe(output / "recipe.yaml").model).eval()
@@ -111,7 +111,7 @@ def worlds_in_stages(files, folder, stages):
 
 def test_two_ranks_equal_one_with_the_same_global_batch(files, tmp_path):
     for world in (1, 2):
-        run_ranks(world, tmp_path / "out.pt", worlds_in_stages, str(files), str(tmp_path / f"world{world}"), range(4))
+        run_ranks(world, worlds_in_stages, str(files), str(tmp_path / f"world{world}"), range(4))
     reference = weights_of(tmp_path / "world1" / "0")
     for world in (1, 2):
         for stage in range(4):
@@ -128,7 +128,7 @@ def with_a_trial_of_the_last_stage(files, folder):
 
 
 def test_a_trial_of_the_last_stage_changes_nothing(files, tmp_path, launched):
-    run_ranks(2, tmp_path / "out.pt", with_a_trial_of_the_last_stage, str(files), str(tmp_path / "run"))
+    run_ranks(2, with_a_trial_of_the_last_stage, str(files), str(tmp_path / "run"))
     expected, found = weights_of(launched[1]), weights_of(tmp_path / "run")
     assert all(torch.equal(found[name], value) for name, value in expected.items())
     log = (tmp_path / "run" / "train.log").read_text()

@@ -10,7 +10,7 @@ from convclip.evaluation.embedding import Encoder, embed, evaluate
 from convclip.evaluation.retrieval import rowwise_recall, standard_recall, validation_loss
 from convclip.schema import Data, ImageTowerConfig
 from tests.evaluation.small_model import SIZE, WORDS, SmallModel, numbers_of, read_pictures, write_noise
-from tests.worlds import run_in_world
+from tests.processes import run_in_world
 
 CPU = torch.device("cpu")
 

@@ -8,7 +8,7 @@ from convclip.evaluation.embedding import Encoder
 from convclip.evaluation.zero_shot import load_zero_shot_set, zero_shot_accuracy
 from convclip.schema import ImageTowerConfig, UserError
 from tests.evaluation.small_model import SIZE, SmallModel, numbers_of, read_pictures, write_noise
-from tests.worlds import run_in_world
+from tests.processes import run_in_world
 
 CPU = torch.device("cpu")
 

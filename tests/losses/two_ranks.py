@@ -3,7 +3,7 @@
 import torch
 
 from convclip import distributed
-from tests.worlds import run_in_world
+from tests.processes import run_in_world
 
 
 def value_and_gradients(loss, *inputs, upstream=1.0, **options):

@@ -13,7 +13,7 @@ from convclip import distributed
 from convclip.models import batch_norm
 from convclip.models.batch_norm import average_running_statistics, synchronised, to_precision
 from convclip.schema import UserError
-from tests.worlds import run_in_world
+from tests.processes import run_in_world
 
 
 def rows(seed: int) -> torch.Tensor:

@@ -17,10 +17,9 @@ import torch
 
 from convclip.features.reader import FeatureStore
 from convclip.features.writer import FeatureWriter
-from tests.engine.small_engine import free_port
-from tests.engine.small_run import launch, run
 from tests.engine.stored.frozen_run import call_script, make_frozen_files, make_recipe, overrides
 from tests.features.extraction import die_at_call
+from tests.processes import forked, free_port, launch, run
 
 pytestmark = pytest.mark.launch
 
@@ -89,13 +88,12 @@ def extract_rank(rank: int, port: int, files: Path, output: Path, dies_at: int |
 
 def test_killed_at_random_points_and_resumed(files, extracted, tmp_path):
     output, chance, kills = tmp_path / "features.h5", random.Random(0), 0
-    fork = multiprocessing.get_context("fork")
     for attempt in range(KILLS + 1):
         port, victim = free_port(), chance.randrange(2) if attempt < KILLS else None
         ranks = []
         for rank in range(2):
             dies_at = chance.randrange(1, 60) if rank == victim else None
-            ranks.append(fork.Process(target=extract_rank, args=(rank, port, files, output, dies_at)))
+            ranks.append(forked().Process(target=extract_rank, args=(rank, port, files, output, dies_at)))
             ranks[-1].start()
         multiprocessing.connection.wait([process.sentinel for process in ranks])
         if victim is not None:

@@ -4,7 +4,6 @@ import math
 
 import pytest
 import torch
-from worlds import run_in_world
 
 from convclip.video.teachclip_loss import (
     TeacherTargets,
@@ -16,6 +15,7 @@ from convclip.video.teachclip_loss import (
     teachclip_loss,
 )
 from convclip.video.xclip_score import SCORE_MATRICES, fine_target, score_targets, xclip_score
+from tests.processes import run_in_world
 
 B, D, F = 6, 8, 5
 

@@ -17,8 +17,8 @@ from convclip.config import load_recipe
 from convclip.features.reader import FeatureStore
 from convclip.schema import UserError
 from tests.conftest import REPOSITORY
-from tests.engine.small_engine import run_ranks
-from tests.engine.small_run import launch, run, weights_of
+from tests.engine.small_run import weights_of
+from tests.processes import launch, run, run_ranks, run_script
 from tests.video.small_video import overrides, train_here, with_stores
 
 pytestmark = pytest.mark.launch
@@ -28,7 +28,7 @@ LOCKED = "freezing.lock=[image, text]"
 @pytest.fixture(scope="module")
 def files(tmp_path_factory):
     folder = tmp_path_factory.mktemp("video")
-    run_ranks(1, folder / "out.pt", with_stores, folder)
+    run_ranks(1, with_stores, folder)
     return folder
 
 
@@ -62,7 +62,7 @@ def in_stages(files, folder, names):
 def found(files, tmp_path_factory):
     folder = tmp_path_factory.mktemp("runs")
     names = ("stored", "live", "two", "ce", "alone", "accumulated", "unfrozen", "locked", "filled")
-    return run_ranks(1, folder / "out.pt", in_stages, files, str(folder), names), folder
+    return run_ranks(1, in_stages, files, str(folder), names), folder
 
 
 def test_a_run_learns_and_reports_recalls_and_parts(found):
@@ -118,7 +118,7 @@ def locked_without_towers(files, folder):
 
 def test_a_locked_run_reads_no_frame_and_runs_no_tower(files, found, tmp_path):
     values, folder = found
-    bare = run_ranks(1, tmp_path / "out.pt", locked_without_towers, files, str(folder))
+    bare = run_ranks(1, locked_without_towers, files, str(folder))
     assert bare == pytest.approx(values["filled"], rel=1e-6)
 
 
@@ -131,7 +131,7 @@ def train_variants(files, folder):
 
 def test_two_ranks_equal_one(files, tmp_path):
     for world in (1, 2):
-        run_ranks(world, tmp_path / "out.pt", train_variants, files, str(tmp_path / f"world{world}"))
+        run_ranks(world, train_variants, files, str(tmp_path / f"world{world}"))
     for name in ("0", "2", "3", "filled"):
         reference = weights_of(tmp_path / "world1" / ("filled" if name == "filled" else "0"))
         found = weights_of(tmp_path / "world2" / name)
@@ -163,13 +163,13 @@ def resume_in_the_middle(files, folder):
 
 
 def test_a_stopped_run_resumes_to_the_same_weights(files, tmp_path):
-    run_ranks(1, tmp_path / "out.pt", resume_in_the_middle, files, str(tmp_path))
+    run_ranks(1, resume_in_the_middle, files, str(tmp_path))
     expected, found = weights_of(tmp_path / "whole"), weights_of(tmp_path / "stopped")
     assert all(torch.equal(found[name], value) for name, value in expected.items())
     assert losses(tmp_path / "stopped") == losses(tmp_path / "whole")
 
 
-def test_launchers_extract_train_and_evaluate(files, tmp_path):
+def test_two_ranks_extract_train_and_evaluate(files, tmp_path):
     given = ["--recipe", str(files / "small.yaml"), "--train_data", str(files / "train.csv")]
     sets = [part for value in overrides(files, teachers=False)[1:3] for part in ("--set", value)]
     store, output = tmp_path / "teacher.h5", tmp_path / "run"
@@ -182,13 +182,14 @@ def test_launchers_extract_train_and_evaluate(files, tmp_path):
     for name in alone.arrays:
         ids = alone.ids(name)
         torch.testing.assert_close(joined.read(name, ids), alone.read(name, ids), rtol=1e-2, atol=1e-3)
-    command = launch(2, "launch/train.py", *given, *sets, "--set", f"video.teachers=[{store}]")
-    command += ["--val_data", str(files / "test.csv"), "--output_dir", str(output)]
-    done = run([*command, "--ds_config", str(REPOSITORY / "ds_configs" / "zero2_fp32.json")])
+    more = ["--val_data", str(files / "test.csv"), "--output_dir", str(output), "--set", f"video.teachers=[{store}]"]
+    more += ["--ds_config", str(REPOSITORY / "ds_configs" / "zero2_fp32.json")]
+    done = run_script("launch/train.py", *given, *sets, *more, world=2)
     assert done.returncode == 0, done.stdout + done.stderr
     assert "best T2V R@1" in done.stdout
-    command = launch(2, "launch/evaluate.py", "--checkpoint", str(output / "checkpoints" / "step-00000012"))
-    done = run([*command, "--data", str(files / "test.csv"), "--output_dir", str(tmp_path / "evaluated")])
+    more = ["--data", str(files / "test.csv"), "--output_dir", str(tmp_path / "evaluated")]
+    checkpoint = str(output / "checkpoints" / "step-00000012")
+    done = run_script("launch/evaluate.py", "--checkpoint", checkpoint, *more, world=2)
     assert done.returncode == 0, done.stdout + done.stderr
     (found,), (*_, trained) = rows(tmp_path / "evaluated" / "eval.jsonl"), rows(output / "eval.jsonl")
     assert found["standard"] == trained["standard"]
@@ -207,7 +208,7 @@ def test_a_killed_extraction_goes_on_to_the_same_store(files, tmp_path):
     os.kill(process.pid, signal.SIGKILL)
     process.wait()
     assert not store.exists()
-    done = run(command)
+    done = run_script(*command[1:])
     assert done.returncode == 0, done.stdout + done.stderr
     alone, again = FeatureStore(files / "teacher.h5"), FeatureStore(store)
     for name in alone.arrays:
@@ -245,7 +246,7 @@ def refusals(files, folder):
 
 
 def test_mistakes_are_named(files, tmp_path):
-    messages = run_ranks(1, tmp_path / "out.pt", refusals, files, str(tmp_path))
+    messages = run_ranks(1, refusals, files, str(tmp_path))
     expected = {
         "no teacher": ["video.teachers is not set", "--kind xclip"],
         "frames": ["frames 4", "5"],

@@ -36,8 +36,9 @@ from convclip.models.dual_tower import Cut, DualTower
 from convclip.models.layer_groups import frozen_cut
 from convclip.run import plan_recipe
 from convclip.schema import BatchConfig, Recipe
-from tests.engine.small_engine import allow_fp16_on_cpu, run_ranks
+from tests.engine.small_engine import allow_fp16_on_cpu
 from tests.engine.small_steps import LOCKED, chunked_run, ds_config, small_recipe, take_chunked_step
+from tests.processes import run_ranks
 
 
 def allocated(work: Callable[[], Any]) -> int:
@@ -234,8 +235,8 @@ def with_and_without_trials() -> dict[tuple[str, int], tuple[dict[str, Tensor], 
 
 
 @pytest.mark.launch
-def test_a_trial_step_leaves_no_trace(tmp_path):
-    found = run_ranks(2, tmp_path / "found.pt", with_and_without_trials)
+def test_a_trial_step_leaves_no_trace():
+    found = run_ranks(2, with_and_without_trials)
     assert len(found) == 8
     assert any(name.endswith("running_mean") for name in found["fp32", 2][0])
     for way, (without, tried) in found.items():

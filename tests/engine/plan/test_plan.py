@@ -3,15 +3,13 @@
 from __future__ import annotations
 
 import json
-import subprocess
-import sys
 
 import pytest
 
 from convclip.config import UserError, list_recipes, load_recipe
 from convclip.engine.plan.plan import format_plan
 from convclip.run import plan_recipe
-from tests.conftest import REPOSITORY
+from tests.processes import run_script
 
 GPT2_SIX_LAYERS = 42_527_232 + 1_536 + 819_200
 BASE_TEXT = 91_163_520
@@ -141,14 +139,10 @@ def test_a_chunked_plan_speaks_of_chunks():
     assert "accumulation 4" in format_plan(plan_recipe(load_recipe("demo", ["batch.accumulation=4"])))
 
 
-def _train(*arguments: str) -> subprocess.CompletedProcess:
-    command = [sys.executable, "launch/train.py", *arguments]
-    return subprocess.run(command, cwd=REPOSITORY, capture_output=True, text=True, timeout=120, check=False)
-
-
 def test_plan_on_the_command_line(tmp_path):
     pytest.importorskip("matplotlib")
-    done = _train("--recipe", "base_absattn_3stage", "--plan", "--json", "--plot", str(tmp_path / "lr.png"))
+    options = ["--recipe", "base_absattn_3stage", "--plan", "--json", "--plot", str(tmp_path / "lr.png")]
+    done = run_script("launch/train.py", *options)
     assert done.returncode == 0, done.stderr
     assert [stage["epoch"] for stage in json.loads(done.stdout)["stages"]] == [0, 3, 8]
     assert (tmp_path / "lr.png").read_bytes().startswith(b"\x89PNG")
@@ -165,7 +159,7 @@ def test_plan_on_the_command_line(tmp_path):
     ],
 )
 def test_bad_command_lines_get_one_line_and_exit_code_2(arguments, words):
-    done = _train(*arguments)
+    done = run_script("launch/train.py", *arguments)
     assert done.returncode == 2
     assert "Traceback" not in done.stderr
     assert all(word in done.stderr.strip().splitlines()[-1] for word in words)

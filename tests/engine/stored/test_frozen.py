@@ -17,7 +17,6 @@ from convclip.engine.stored.frozen import storable
 from convclip.models import build_model
 from convclip.models.dual_tower import INPUT
 from convclip.schema import UserError
-from tests.engine.small_engine import run_ranks
 from tests.engine.small_run import arguments
 from tests.engine.stored.frozen_run import (
     EVENTS,
@@ -28,6 +27,7 @@ from tests.engine.stored.frozen_run import (
     overrides,
     train,
 )
+from tests.processes import run_ranks
 
 pytestmark = pytest.mark.launch
 
@@ -207,7 +207,7 @@ def runs(files, tmp_path_factory):
     found: dict[str, Any] = {}
     for world in (1, 2):
         (folder / f"{world}").mkdir()
-        found |= run_ranks(world, folder / "out.pt", live_and_stored, files, folder / f"{world}", world)
+        found |= run_ranks(world, live_and_stored, files, folder / f"{world}", world)
     return found, folder / "1"
 
 

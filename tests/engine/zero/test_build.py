@@ -16,9 +16,9 @@ from tests.engine.small_engine import (
     ds_config,
     masters,
     plain_run,
-    run_ranks,
     train_step,
 )
+from tests.processes import run_ranks
 
 STAGES = (0, 1, 2, 3)
 # Past the first event; five rebuilds more than needed.
@@ -53,9 +53,8 @@ def all_ways(world: int) -> dict:
 
 
 @pytest.fixture(scope="module", params=[1, 2], ids=["world1", "world2"])
-def table(request, tmp_path_factory) -> tuple[int, dict]:
-    out = tmp_path_factory.mktemp("ranks") / "table.pt"
-    return request.param, run_ranks(request.param, out, all_ways, request.param)
+def table(request) -> tuple[int, dict]:
+    return request.param, run_ranks(request.param, all_ways, request.param)
 
 
 @pytest.mark.launch
@@ -123,8 +122,8 @@ def many_rebuilds() -> dict:
 
 
 @pytest.mark.launch
-def test_twenty_rebuilds_leave_nothing_behind(tmp_path):
-    for stage, counts in run_ranks(1, tmp_path / "counts.pt", many_rebuilds).items():
+def test_twenty_rebuilds_leave_nothing_behind():
+    for stage, counts in run_ranks(1, many_rebuilds).items():
         hooks, live, elements = zip(*counts, strict=True)
         assert len(counts) == len(COUNTED)
         assert len(set(hooks)) == 1, f"stage {stage}: hooks {hooks}"

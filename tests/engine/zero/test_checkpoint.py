@@ -19,9 +19,9 @@ from tests.engine.small_engine import (
     deepspeed_run,
     ds_config,
     masters,
-    run_ranks,
     train_step,
 )
+from tests.processes import run_ranks
 
 # Before, at and after the first unfreeze event.
 SAVED_AT = (5, 6, 7)
@@ -90,7 +90,7 @@ def resume_everywhere(world: int, folder: str) -> dict:
 @pytest.fixture(scope="module", params=[1, 2], ids=["world1", "world2"])
 def found(request, tmp_path_factory) -> dict:
     folder = tmp_path_factory.mktemp("checkpoints")
-    return run_ranks(request.param, folder / "found.pt", resume_everywhere, request.param, str(folder))
+    return run_ranks(request.param, resume_everywhere, request.param, str(folder))
 
 
 @pytest.mark.launch
@@ -137,7 +137,7 @@ def broken_saves(folder: str) -> list[str]:
 
 @pytest.mark.launch
 def test_damaged_checkpoints_are_named(tmp_path):
-    other, truncated, missing, unreadable = run_ranks(1, tmp_path / "out.pt", broken_saves, str(tmp_path))
+    other, truncated, missing, unreadable = run_ranks(1, broken_saves, str(tmp_path))
     assert "another model" in other
     assert "first.bias is not in this model" in other
     for message in (truncated, missing):
@@ -172,7 +172,7 @@ def test_a_kill_in_mid_save_leaves_the_last_good_checkpoint(tmp_path):
     from convclip.models.checkpoint_weights import checkpoint_path, load_weights
 
     with pytest.raises(Exception, match="SIGKILL"):
-        run_ranks(1, tmp_path / "out.pt", killed_save, str(tmp_path))
+        run_ranks(1, killed_save, str(tmp_path))
     run = tmp_path / "run"
     assert checkpoint_path(run).name == "step-00000003"
     load_weights(SmallModel(), checkpoint_path(run))
@@ -209,4 +209,4 @@ def saved_with_padding_of_nan(folder: str) -> bool:
 
 @pytest.mark.launch
 def test_what_stands_in_the_padding_of_stage_3_does_not_matter(tmp_path):
-    assert run_ranks(2, tmp_path / "out.pt", saved_with_padding_of_nan, str(tmp_path / "checkpoints"))
+    assert run_ranks(2, saved_with_padding_of_nan, str(tmp_path / "checkpoints"))

@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 
 from convclip.engine.zero import launcher
-from tests.engine.small_run import launch, run
+from tests.processes import launch, run
 
 START = """
 from convclip.engine.zero.launcher import start_processes

@@ -18,9 +18,9 @@ from tests.engine.small_engine import (
     ds_config,
     masters,
     plain_run,
-    run_ranks,
     train_step,
 )
+from tests.processes import run_ranks
 
 STEPS, SAVED_AT = 18, 10
 
@@ -95,7 +95,7 @@ def every_way(folder: str) -> dict[Any, Any]:
 @pytest.mark.launch
 @pytest.mark.parametrize("world", [1, 2])
 def test_any_optimizer_goes_through_events_saves_and_resumes(tmp_path, world):
-    found = run_ranks(world, tmp_path / "out.pt", every_way, str(tmp_path))
+    found = run_ranks(world, every_way, str(tmp_path))
     assert len(found) == 10
     for (name, stage, kind), (whole, resumed) in found.items():
         key = name, stage, kind

@@ -17,8 +17,9 @@ from convclip.engine.zero.build import build_engine, take_snapshot
 from convclip.engine.zero.ds_config import precision
 from convclip.engine.zero.masters import clamp_parameter, master_shards, write_masters
 from convclip.models.layer_groups import frozen_cut
-from tests.engine.small_engine import allow_fp16_on_cpu, run_ranks
+from tests.engine.small_engine import allow_fp16_on_cpu
 from tests.engine.small_steps import LR, chunks, ds_config, loss_of, masters, small_model, small_recipe
+from tests.processes import run_ranks
 
 BAD = 1
 
@@ -77,8 +78,8 @@ def every_way() -> dict[Any, Any]:
 
 @pytest.mark.launch
 @pytest.mark.parametrize("world", [1, 2])
-def test_an_infinite_gradient_changes_nothing_in_any_stage(tmp_path, world):
-    for (stage, kind, chunked), (bad, without) in run_ranks(world, tmp_path / "out.pt", every_way).items():
+def test_an_infinite_gradient_changes_nothing_in_any_stage(world):
+    for (stage, kind, chunked), (bad, without) in run_ranks(world, every_way).items():
         key = stage, kind, chunked
         weights, updated, changed = bad
         assert all(value.isfinite().all() for value in weights.values()), key
@@ -105,5 +106,5 @@ def clamped_below() -> tuple[float, float]:
 
 
 @pytest.mark.launch
-def test_the_lower_clamp_reaches_the_copy_of_stage_3(tmp_path):
-    assert run_ranks(2, tmp_path / "out.pt", clamped_below) == (0.0, 0.0)
+def test_the_lower_clamp_reaches_the_copy_of_stage_3():
+    assert run_ranks(2, clamped_below) == (0.0, 0.0)

@@ -1,0 +1,168 @@
+"""Processes for tests: ranks of a small world, scripts, and the real launcher.
+
+Most of a process's start is the import of torch, DeepSpeed and open_clip: 11 s of CPU time. So ranks and scripts are
+forked from a server that has imported them; from there on (process group, arguments, exit code) all is the same. The
+launchers themselves, and what depends on a fresh interpreter, start real commands (`run`, `launch`).
+"""
+
+from __future__ import annotations
+
+import atexit
+import contextlib
+import functools
+import os
+import random
+import runpy
+import socket
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Mapping
+from datetime import timedelta
+from multiprocessing import get_context
+from multiprocessing.context import ForkServerContext
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from tests.conftest import REPOSITORY
+
+SECONDS = 400
+PRELOADED = ["deepspeed", "convclip.run", "convclip.clip"]
+
+
+@functools.cache
+def forked() -> ForkServerContext:
+    """Starts processes that have imported what is slow to import."""
+    context = get_context("forkserver")
+    context.set_forkserver_preload(PRELOADED)
+    return context
+
+
+def free_port() -> int:
+    """A TCP port that nobody listens on, and that no connection is given while the ranks start: it lies below those."""
+    candidates = list(range(20_000, 32_000))
+    random.SystemRandom().shuffle(candidates)
+    for port in candidates:
+        with socket.socket() as probe, contextlib.suppress(OSError):
+            probe.bind(("127.0.0.1", port))
+            return port
+    raise OSError("no free port from 20000 to 32000")
+
+
+def run_ranks(world: int, target: Callable[..., Any], *arguments: Any) -> Any:
+    """Call `target(*arguments)` on `world` ranks that train under DeepSpeed over gloo; rank 0's result."""
+    given = {**os.environ, "WORLD_SIZE": str(world), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
+    return _on_ranks(world, _train_rank, given, target, arguments)[0]
+
+
+def run_in_world(world: int, function: Callable[..., Any], *arguments: Any) -> list[Any]:
+    """[function(*arguments) of rank 0, of rank 1, …], in a gloo group without DeepSpeed."""
+    with tempfile.TemporaryDirectory() as folder:
+        # A rendezvous file instead of a port: nothing else on the machine can take it.
+        meeting = (Path(folder) / "meeting").as_uri()
+        return _on_ranks(world, _plain_rank, dict(os.environ), world, meeting, function, arguments)
+
+
+def run_script(script: str, *arguments: str, world: int | None = None) -> subprocess.CompletedProcess:
+    """A script of the repository as `python script arguments` at its root; with `world`, so many ranks of it.
+
+    The ranks find in the environment what a launcher puts there. Exit code and stderr are the first bad rank's.
+    """
+    shared = dict(os.environ)
+    if world is not None:
+        shared |= {"WORLD_SIZE": str(world), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
+    with tempfile.TemporaryDirectory() as folder:
+        ranks = []
+        for rank in range(world or 1):
+            outputs = [Path(folder) / f"{rank}.{name}" for name in ("stdout", "stderr")]
+            given = shared if world is None else {**shared, "RANK": str(rank), "LOCAL_RANK": str(rank)}
+            ranks.append((forked().Process(target=_script, args=(script, arguments, given, *outputs)), outputs))
+            ranks[-1][0].start()
+        deadline = time.monotonic() + SECONDS
+        for child, _ in ranks:
+            child.join(deadline - time.monotonic())
+        if any(child.is_alive() for child, _ in ranks):
+            for child, _ in ranks:
+                child.kill()
+                child.join()
+            raise subprocess.TimeoutExpired(script, SECONDS)
+        child, (_, errors) = next((rank for rank in ranks if rank[0].exitcode), ranks[0])
+        said = "".join(stdout.read_text() for _, (stdout, _) in ranks)
+        # A negative code names the signal, as in subprocess.
+        return subprocess.CompletedProcess([script, *arguments], child.exitcode, said, errors.read_text())
+
+
+def run(command: list[str]) -> subprocess.CompletedProcess:
+    """Run a command at the repository's root."""
+    return subprocess.run(
+        command, cwd=REPOSITORY, capture_output=True, text=True, timeout=SECONDS, check=False, env=dict(os.environ)
+    )
+
+
+def launch(world: int, script: str, *arguments: str) -> list[str]:
+    """The command that runs `script` under the real deepspeed launcher."""
+    launcher = Path(sys.executable).with_name("deepspeed")
+    options = ["--num_gpus", str(world), "--master_port", str(free_port()), "--log_level", "error"]
+    return [str(launcher), *options, script, *arguments]
+
+
+def _on_ranks(world: int, work: Callable[..., Any], *arguments: Any) -> list[Any]:
+    """What `work(rank, …)` returns on every rank; a rank's error is raised here, with its traceback."""
+    with tempfile.TemporaryDirectory() as folder:
+        torch.multiprocessing.start_processes(
+            _keep_result, (Path(folder), work, arguments), nprocs=world, start_method=_forked_by_torch()
+        )
+        return [torch.load(Path(folder) / str(rank), weights_only=False) for rank in range(world)]
+
+
+def _forked_by_torch() -> str:
+    """torch makes its own context of that name; the server is one for the process."""
+    forked()
+    return "forkserver"
+
+
+def _keep_result(rank: int, folder: Path, work: Callable[..., Any], arguments: tuple) -> None:
+    torch.save(work(rank, *arguments), folder / str(rank))
+
+
+def _train_rank(rank: int, given: Mapping[str, str], target: Callable[..., Any], arguments: tuple) -> Any:
+    os.environ.update(given, RANK=str(rank), LOCAL_RANK=str(rank))
+    torch.set_num_threads(1)
+    from convclip.engine.zero.launcher import start_processes
+
+    start_processes()
+    result = target(*arguments)
+    # A rank that leaves early takes the others' connections with it.
+    torch.distributed.barrier()
+    return result
+
+
+def _plain_rank(
+    rank: int, given: Mapping[str, str], world: int, meeting: str, function: Callable[..., Any], arguments: tuple
+) -> Any:
+    os.environ.update(given)
+    torch.set_num_threads(1)
+    minute = timedelta(seconds=60)
+    torch.distributed.init_process_group("gloo", init_method=meeting, rank=rank, world_size=world, timeout=minute)
+    try:
+        return function(*arguments)
+    finally:
+        torch.distributed.destroy_process_group()
+
+
+def _script(script: str, arguments: tuple[str, ...], given: Mapping[str, str], stdout: Path, stderr: Path) -> None:
+    for stream, path in ((1, stdout), (2, stderr)):
+        os.dup2(os.open(path, os.O_WRONLY | os.O_CREAT, 0o600), stream)
+    os.environ.clear()
+    os.environ.update(given)
+    os.chdir(REPOSITORY)
+    sys.argv = [script, *arguments]
+    sys.path.insert(0, str(REPOSITORY / Path(script).parent))
+    try:
+        runpy.run_path(script, run_name="__main__")
+    finally:
+        # A forked process leaves without them.
+        atexit._run_exitfuncs()
