@@ -6,16 +6,18 @@ places in the split, 0..V-1 and 0..C-1.
 
 from __future__ import annotations
 
+import hashlib
+import json
 from collections.abc import Collection
 from dataclasses import dataclass
-from typing import TypedDict
+from typing import Any, TypedDict
 
 import numpy as np
 import torch
 from torch.utils.data import Dataset
 
 from convclip.data.evaluation_set import Batches, dealt_batches, listed_batches
-from convclip.data.loader import Rows
+from convclip.data.loader import EpochLoader, Rows
 from convclip.data.tokenizers import Tokenizer, build_tokenizer
 from convclip.schema import Recipe, TextTowerConfig, UserError
 from convclip.video.frame_store import FrameStore
@@ -87,6 +89,19 @@ class VideoRows:
     def describe(self) -> str:
         """One line for the log."""
         return f"{len(self.split.video_ids):,} videos with {len(self.split.captions):,} captions"
+
+
+class VideoLoader(EpochLoader):
+    """An EpochLoader of videos, whose captions are all at hand."""
+
+    source: VideoRows
+
+    def fingerprint(self) -> dict[str, Any]:
+        """As above, and a checksum of all videos' and captions' names and texts."""
+        split = self.source.split
+        content = json.dumps([split.video_ids, split.captions, split.caption_ids])
+        digest = hashlib.sha256(content.encode("ascii")).hexdigest()[:16]
+        return {**super().fingerprint(), "videos and captions (checksum)": digest}
 
 
 class VideoBatches(Dataset):

@@ -8,7 +8,6 @@ from typing import Any, NoReturn
 
 import torch
 
-from convclip.data.loader import EpochLoader
 from convclip.devices import on_accelerator
 from convclip.distributed import rank, world_size
 from convclip.engine.task import Parts
@@ -19,6 +18,7 @@ from convclip.models.weights import LoadReport, load_pretrained
 from convclip.schema import Recipe, UserError
 from convclip.video.clip_loader import (
     VideoBatches,
+    VideoLoader,
     VideoRows,
     load_video_set,
     open_frame_store,
@@ -71,7 +71,7 @@ class VideoTask:
             usable, reasons = set(opened.ids(STUDENT_FRAMES)), {}
         split = open_split(recipe.data.train, recipe, usable, reasons)
         tokenizer = word_tokenizer(recipe.model.text, recipe.video_settings.words)
-        loader = EpochLoader(
+        loader = VideoLoader(
             VideoRows(split),
             VideoBatches(split, frames, tokenizer),
             recipe.data,

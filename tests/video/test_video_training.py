@@ -169,6 +169,24 @@ def test_a_stopped_run_resumes_to_the_same_weights(files, tmp_path):
     assert losses(tmp_path / "stopped") == losses(tmp_path / "whole")
 
 
+def resumed_with_other_captions(files, folder):
+    """A run gone on with after one caption was exchanged for another: the message."""
+    annotations = json.loads((files / "data.json").read_text())
+    annotations["sentences"][3]["caption"] = "as many captions, and this one is another"
+    changed = Path(folder) / "changed.json"
+    changed.write_text(json.dumps(annotations))
+    live = f"video.teachers=[{files}/teacher.safetensors]"
+    train_here(str(files), f"{folder}/run", (live, "max_steps=1"))
+    with pytest.raises(UserError) as caught:
+        train_here(str(files), f"{folder}/run", (live, "max_steps=1", f"video.annotations={changed}"), resume="auto")
+    return str(caught.value)
+
+
+def test_other_captions_of_the_same_number_are_noticed_on_a_resume(files, tmp_path):
+    line = run_ranks(1, resumed_with_other_captions, files, str(tmp_path))
+    assert "videos and captions (checksum)" in line and "--resume_other_data" in line, line
+
+
 def test_two_ranks_extract_train_and_evaluate(files, tmp_path):
     given = ["--recipe", str(files / "small.yaml"), "--train_data", str(files / "train.csv")]
     sets = [part for value in overrides(files, teachers=False)[1:3] for part in ("--set", value)]
