@@ -29,6 +29,7 @@ from collections import defaultdict
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import deepspeed
 import open_clip
@@ -173,7 +174,9 @@ def measure_open_clip(python: str, folder: Path, batch: int, steps: int) -> floa
     ]
     env = {**os.environ, "CUDA_VISIBLE_DEVICES": "", "HF_HUB_OFFLINE": "1"}
     child = subprocess.Popen(command, cwd=folder, env=env, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
-    rates, tail = [], []
+    assert child.stdout is not None
+    rates: list[float] = []
+    tail: list[str] = []
     for line in child.stdout:
         tail = [*tail[-9:], line]
         if found := THEIR_STEP.search(line):
@@ -196,14 +199,16 @@ def take_step(trainer: Trainer, batches: Iterator) -> None:
 
 def compare_steps(folder: Path, store: Path, batch: int, steps: int) -> tuple[float, float]:
     """Steps of the student with its teacher from the store over steps without one, in turn: wall and CPU time."""
-    trainers, streams = [], []
-    fit, Trainer.fit = Trainer.fit, lambda trainer: trainer
-    for number, teacher in enumerate(([], ["teacher=null"])):
-        recipe = make_recipe(folder, batch, steps, f"features={store}", "data.workers=0", *teacher)
-        trainers.append(engine_run.train_recipe(recipe, DS_CONFIG, folder / f"pair{number}"))
-        streams.append(trainers[-1]._batches())
-        take_step(trainers[-1], streams[-1])
-    Trainer.fit = fit
+    trainers: list[Trainer] = []
+    teachers: tuple[list[str], ...] = ([], ["teacher=null"])
+    # Each run is built and its trainer kept; its steps are taken here.
+    with mock.patch.object(Trainer, "fit", trainers.append):
+        for number, teacher in enumerate(teachers):
+            recipe = make_recipe(folder, batch, steps, f"features={store}", "data.workers=0", *teacher)
+            engine_run.train_recipe(recipe, DS_CONFIG, folder / f"pair{number}")
+    streams = [trainer._batches() for trainer in trainers]
+    for trainer, stream in zip(trainers, streams, strict=True):
+        take_step(trainer, stream)
     spent.clear()
     for number in range(steps):
         # Who goes first changes, so that neither always finds the caches as the other left them.

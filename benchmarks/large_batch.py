@@ -113,7 +113,7 @@ def memory_table(options: argparse.Namespace) -> dict[str, dict[int, tuple[float
     for batch in tqdm(options.sizes, disable=not sys.stderr.isatty()):
         for name in LOSSES:
             result = memory_of(name, batch, options)
-            if name == "tiled":
+            if result is not None and name == "tiled":
                 wall = result["seconds"]
             if result is None:
                 known = max(b for b, (_, measured) in peaks[name].items() if measured)
@@ -158,12 +158,13 @@ def time_ranks(rank: int, options: argparse.Namespace, meeting: str) -> None:
     image, text, scale = make_features(options.time_at, options.width)
     alone = [seconds(tiled, (image, text, scale)) for _ in range(options.repeats + 1)]
     dist.init_process_group("gloo", init_method=meeting, rank=rank, world_size=options.world)
-    own = [x.detach().chunk(options.world)[rank].clone().requires_grad_() for x in (image, text)]
-    shared, sending = [], []
+    own_image, own_text = (x.detach().chunk(options.world)[rank].clone().requires_grad_() for x in (image, text))
+    shared: list[float] = []
+    sending: list[float] = []
     for _ in range(options.repeats + 1):
         for walls, work in ((shared, tiled), (sending, send)):
             dist.barrier()
-            walls.append(seconds(work, (*own, scale)))
+            walls.append(seconds(work, (own_image, own_text, scale)))
     if rank == 0:
         one, loss, sent = (statistics.median(walls[1:]) for walls in (alone, shared, sending))
         print(f"B = {options.time_at}, {options.world} ranks of one thread: {loss:.3f} s; one rank: {one:.3f} s")

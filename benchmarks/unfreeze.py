@@ -13,6 +13,7 @@ import statistics
 import threading
 import time
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import torch
@@ -102,7 +103,7 @@ def measure_rebuild(micro: int, repeats: int) -> None:
             took.append(time.perf_counter() - start)
         peaks.append(peak.bytes - before)
         engine_step(engine, images, texts)
-        steps.append(seconds(lambda e=engine: engine_step(e, images, texts)))
+        steps.append(seconds(partial(engine_step, engine, images, texts)))
         state = optimizer_bytes(engine)
         del engine, model, values
         gc.collect()
@@ -148,7 +149,7 @@ def measure_locked(micro: int, repeats: int) -> None:
     times: tuple[list[float], list[float]] = ([], [])
     for _ in range(repeats):
         for engine, took in zip(engines, times, strict=True):
-            took.append(seconds(lambda e=engine: engine_step(e, images, texts)))
+            took.append(seconds(partial(engine_step, engine, images, texts)))
     ratio = statistics.median(a / b for a, b in zip(*times, strict=True))
     print(f"locked step with events ahead against never unfreezing: {ratio:.3f}x (limit 1.03x)")
     trainable = sum(sizes[name] for name in stages[0].trainable)
@@ -177,7 +178,7 @@ def measure_overhead(repeats: int) -> None:
         engine = build_engine(model, stages[0].groups, config, recipe.optim, {})
         pairs = []
         for number in range(2 * repeats + 1):
-            pair = seconds(lambda e=engine: engine_step(e, images, texts)), seconds(plain_step)
+            pair = seconds(partial(engine_step, engine, images, texts)), seconds(plain_step)
             if number:
                 pairs.append(pair)
         ratio = statistics.median(ours / bare for ours, bare in pairs)

@@ -20,6 +20,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
@@ -136,7 +137,7 @@ def prepare(folder: Path, options: argparse.Namespace) -> None:
     extract("--kind", "towers", "--output", folder / "towers.h5", *given)
 
 
-def tool(script: str, *first: object):
+def tool(script: str, *first: object) -> Callable[..., None]:
     """A function that runs a tool of this repository with more arguments, quietly."""
 
     def call(*arguments: object) -> None:

@@ -164,7 +164,9 @@ def run(command: list[str], cwd: Path, step: re.Pattern[str], setting: Setting) 
     child = subprocess.Popen(command, cwd=cwd, env=env, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
     captured: list[str] = []
     tail: collections.deque[str] = collections.deque(maxlen=25)
-    started, workers, figures = 0.0, 0.0, None
+    started, workers = 0.0, 0.0
+    figures: Figures | None = None
+    assert child.stdout is not None
     for line in child.stdout:
         tail.append(line)
         found = step.search(line)
@@ -204,9 +206,10 @@ def cpu_seconds(process: psutil.Process) -> float:
 def peak(process: psutil.Process) -> float:
     """VmHWM in MiB; 0 for a process that is gone."""
     try:
-        return int(re.search(r"VmHWM:\s+(\d+)", Path(f"/proc/{process.pid}/status").read_text())[1]) / 1024
-    except (OSError, TypeError):
+        found = re.search(r"VmHWM:\s+(\d+)", Path(f"/proc/{process.pid}/status").read_text())
+    except OSError:
         return 0.0
+    return int(found[1]) / 1024 if found else 0.0
 
 
 def private(processes: list[psutil.Process]) -> float:
