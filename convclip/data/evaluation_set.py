@@ -13,8 +13,8 @@ from PIL import Image
 from torch.utils.data import DataLoader, Dataset
 from tqdm import tqdm
 
-from convclip.data.loader import open_source
 from convclip.data.samples import BrokenSample, Captions, SampleSource, check_image, decode_image
+from convclip.data.sources import open_source
 from convclip.data.tokenizers import Tokenizer
 from convclip.data.transforms import Views, stack_images
 from convclip.data.workers import plain_worker_errors

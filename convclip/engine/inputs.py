@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from convclip.data.loader import Batch
+from convclip.data.micro_batches import Batch
 from convclip.data.transforms import normalize
 from convclip.engine.objective import is_on
 from convclip.engine.stored.frozen import FrozenWork

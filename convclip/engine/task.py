@@ -5,7 +5,7 @@ The trainer and the plan know a `Task` and never ask which one it is; `convclip.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence, Set
+from collections.abc import Callable, Mapping, Sequence, Set
 from pathlib import Path
 from typing import Any, NamedTuple, Protocol
 
@@ -13,14 +13,15 @@ import numpy as np
 import torch
 
 from convclip.data.evaluation_set import load_evaluation_set
-from convclip.data.loader import Batch, EpochLoader, TrainLoader
+from convclip.data.loader import EpochLoader, TrainLoader
+from convclip.data.micro_batches import Batch
 from convclip.data.tokenizers import build_tokenizer
 from convclip.data.transforms import EvalTransform, TrainTransform
 from convclip.devices import on_accelerator
 from convclip.distributed import rank, world_size
 from convclip.engine.inputs import ImageTextSource, Reads
 from convclip.engine.objective import ImageTextObjective, Losses
-from convclip.engine.plan.memory import made_up_batch
+from convclip.engine.plan.memory import longest_captions
 from convclip.engine.stored.extraction import Extraction, expected_store, extract, verify
 from convclip.engine.stored.frozen import FrozenWork, recipe_views
 from convclip.evaluation.embedding import Encode, Encoder, evaluate
@@ -236,3 +237,26 @@ class ZeroShot:
 
 def _encoder(recipe: Recipe, encode: Encode, device: torch.device, dtype: torch.dtype) -> Encoder:
     return Encoder(encode, recipe.model.image, device, dtype, recipe.evaluation.batch, recipe.data.workers)
+
+
+def made_up_batch(
+    recipe: Recipe,
+    rows: int,
+    ids: Mapping[str, int],
+    teacher_tokenizer: Callable[[list[str]], torch.Tensor] | None = None,
+) -> Batch:
+    """A batch as the loader gives it: noise, and captions as long as the context.
+
+    `ids` are the image_id and caption_id of its rows where a feature store must hold them.
+    """
+    generator, side = torch.Generator().manual_seed(0), recipe.model.image.image_size
+    batch: Batch = {
+        "image": torch.randint(0, 256, (rows, 3, side, side), dtype=torch.uint8, generator=generator),
+        "text": longest_captions(recipe, rows),
+        "image_id": torch.full((rows,), ids["image_id"]) if "image_id" in ids else torch.arange(rows),
+        "caption_id": torch.full((rows,), ids["caption_id"]) if "caption_id" in ids else torch.arange(rows),
+        "broken": [],
+    }
+    if teacher_tokenizer is not None:
+        batch["teacher_text"] = teacher_tokenizer(["made up"]).repeat(rows, 1)
+    return batch

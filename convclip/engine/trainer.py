@@ -9,7 +9,7 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from convclip.data.loader import Batch
+from convclip.data.micro_batches import Batch
 from convclip.devices import RandomState, current_device, on_accelerator
 from convclip.engine.inputs import Reads
 from convclip.engine.meters import LossWatch, RunLog, StepClock, logger

@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from convclip.data.loader import Batch
+from convclip.data.micro_batches import Batch
 from convclip.devices import RandomState, forget_peak_memory, memory_gib, total_memory
 from convclip.distributed import world_size
 from convclip.engine.meters import logger

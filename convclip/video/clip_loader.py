@@ -17,7 +17,8 @@ import torch
 from torch.utils.data import Dataset
 
 from convclip.data.evaluation_set import Batches, dealt_batches, listed_batches
-from convclip.data.loader import EpochLoader, Rows
+from convclip.data.loader import EpochLoader
+from convclip.data.micro_batches import Rows
 from convclip.data.tokenizers import Tokenizer, build_tokenizer
 from convclip.schema import Recipe, TextTowerConfig, UserError
 from convclip.video.frame_store import FrameStore

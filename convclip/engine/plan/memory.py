@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import logging
 import weakref
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -19,7 +19,6 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from convclip.data.loader import Batch
 from convclip.engine.stages.groups import Stage
 from convclip.models import build_model
 from convclip.models.dual_tower import INPUT, DualTower
@@ -240,26 +239,6 @@ def longest_captions(recipe: Recipe, rows: int) -> Tensor:
     tokens = torch.ones(rows, recipe.model.text.context_length, dtype=torch.int64)
     tokens[:, -1] = recipe.model.text.vocab_size - 1
     return tokens
-
-
-def made_up_batch(
-    recipe: Recipe, rows: int, ids: Mapping[str, int], teacher_tokenizer: Callable[[list[str]], Tensor] | None = None
-) -> Batch:
-    """A batch as the loader gives it: noise, and captions as long as the context.
-
-    `ids` are the image_id and caption_id of its rows where a feature store must hold them.
-    """
-    generator, side = torch.Generator().manual_seed(0), recipe.model.image.image_size
-    batch: Batch = {
-        "image": torch.randint(0, 256, (rows, 3, side, side), dtype=torch.uint8, generator=generator),
-        "text": longest_captions(recipe, rows),
-        "image_id": torch.full((rows,), ids["image_id"]) if "image_id" in ids else torch.arange(rows),
-        "caption_id": torch.full((rows,), ids["caption_id"]) if "caption_id" in ids else torch.arange(rows),
-        "broken": [],
-    }
-    if teacher_tokenizer is not None:
-        batch["teacher_text"] = teacher_tokenizer(["made up"]).repeat(rows, 1)
-    return batch
 
 
 def input_bytes(model: DualTower, recipe: Recipe, stage: Stage) -> tuple[int, int]:

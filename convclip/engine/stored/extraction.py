@@ -12,8 +12,8 @@ from torch import Tensor
 from tqdm import tqdm
 
 from convclip.data.evaluation_set import EvaluationSet, load_evaluation_set
-from convclip.data.loader import open_source
 from convclip.data.samples import captions_fingerprint
+from convclip.data.sources import open_source
 from convclip.data.tokenizers import build_tokenizer
 from convclip.data.transforms import normalize
 from convclip.devices import current_device

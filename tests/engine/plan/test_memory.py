@@ -25,9 +25,9 @@ from convclip.engine.plan.memory import (
     input_bytes,
     longest_captions,
     loss_bytes,
-    made_up_batch,
 )
 from convclip.engine.stages.groups import Stage, training_stages
+from convclip.engine.task import made_up_batch
 from convclip.engine.zero.build import OptimizerSnapshot, build_engine, dismantle
 from convclip.engine.zero.ds_config import precision
 from convclip.losses.contrastive import clip_loss

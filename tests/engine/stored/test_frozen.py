@@ -146,7 +146,7 @@ def what_learns(files: Path, folder: Path) -> dict[str, Any]:
 
 def nothing_frozen_runs(files: Path, folder: Path) -> int:
     """Train from the store while decoding a picture, the trunk, the text tower and the teacher raise; its steps."""
-    from convclip.data import loader
+    from convclip.data import micro_batches
     from convclip.engine import trainer
     from convclip.models.teacher import Teacher
 
@@ -164,12 +164,12 @@ def nothing_frozen_runs(files: Path, folder: Path) -> int:
             model.text.register_forward_pre_hook(forbidden)
 
     train(files, folder / "filled", features="fill", freezing=LOCKED, max_steps=1)
-    before = trainer.StagedEngine, loader.decode_image, Teacher.__init__
-    trainer.StagedEngine, loader.decode_image, Teacher.__init__ = Guarded, forbidden, forbidden
+    before = trainer.StagedEngine, micro_batches.decode_image, Teacher.__init__
+    trainer.StagedEngine, micro_batches.decode_image, Teacher.__init__ = Guarded, forbidden, forbidden
     try:
         rows = train(files, folder / "guarded", features=str(folder / "filled" / "features.h5"), freezing=LOCKED)
     finally:
-        trainer.StagedEngine, loader.decode_image, Teacher.__init__ = before
+        trainer.StagedEngine, micro_batches.decode_image, Teacher.__init__ = before
     return len(rows)
 
 
