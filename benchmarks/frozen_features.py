@@ -202,7 +202,7 @@ def compare_steps(folder: Path, store: Path, batch: int, steps: int) -> tuple[fl
     trainers: list[Trainer] = []
     teachers: tuple[list[str], ...] = ([], ["teacher=null"])
     # Each run is built and its trainer kept; its steps are taken here.
-    with mock.patch.object(Trainer, "fit", trainers.append):
+    with mock.patch.object(Trainer, "fit", lambda trainer: trainers.append(trainer)):
         for number, teacher in enumerate(teachers):
             recipe = make_recipe(folder, batch, steps, f"features={store}", "data.workers=0", *teacher)
             engine_run.train_recipe(recipe, DS_CONFIG, folder / f"pair{number}")
