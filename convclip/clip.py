@@ -22,17 +22,17 @@ from convclip import schema
 from convclip.config import load_recipe
 from convclip.data.pixels import plain_picture
 from convclip.data.samples import BrokenSample, decode_image
-from convclip.data.tokenizers import Tokenizer, build_tokenizer
+from convclip.data.tokenizers import TOKENIZER_FILES, Tokenizer, build_tokenizer
 from convclip.data.transforms import EvalTransform, normalize, stack_images
 from convclip.devices import PRECISIONS, pick_device
 from convclip.models import DualTower, build_model
 from convclip.models.batch_norm import to_precision
 from convclip.models.checkpoint_weights import checkpoint_path, load_from, recipe_of
 from convclip.models.export import OUR_CONFIG, load_export
+from convclip.models.hf_folder import with_encoder
 from convclip.models.weights import HUB, load_exact
 from convclip.schema import Recipe, UserError
 
-TOKENIZER_FILES = ("tokenizer.json", "vocab.json")
 # Decoding releases Python's lock; more threads than this do not feed a tower faster.
 THREADS = min(8, os.cpu_count() or 1)
 
@@ -209,6 +209,7 @@ def _read(source: str | Path, recipe: str | Path | Recipe | None) -> tuple[DualT
         what = "holds no run, checkpoint or export" if place.is_dir() else "does not say which model it holds"
         raise UserError(f"{source} {what}: if it holds weights, name their model with recipe=")
     own = _image_text(recipe if isinstance(recipe, Recipe) else load_recipe(recipe), source)
+    own = own.model_copy(update={"model": with_encoder(own.model)})
     model = build_model(own.model)
     load_exact(model, source)
     return model, own.model, own

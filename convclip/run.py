@@ -18,13 +18,20 @@ from convclip.files import write_text, writing
 from convclip.models.batch_norm import synchronised, to_precision
 from convclip.models.checkpoint_weights import RunState, checkpoint_path, load_from, recipe_of
 from convclip.models.dual_tower import DualTower
+from convclip.models.hf_folder import with_encoder
 from convclip.schema import Recipe
 from convclip.video.video_task import VideoTask
 
 
 def open_task(recipe: Recipe) -> Task:
     """The kind of training that `recipe` asks for: the one place where image-text and video part ways."""
+    recipe = _whole(recipe)
     return VideoTask(recipe) if recipe.task == "video" else ImageTextTask(recipe)
+
+
+def _whole(recipe: Recipe) -> Recipe:
+    """`recipe` with the configuration of a Hugging Face text encoder, read by the main rank. Errors: UserError."""
+    return recipe.model_copy(update={"model": on_main(lambda: with_encoder(recipe.model))})
 
 
 def plan_recipe(recipe: Recipe, ds_config: Mapping[str, Any] | None = None, world: int = 1) -> dict[str, Any]:
@@ -50,6 +57,8 @@ def train_recipe(
     from convclip.engine.trainer import Trainer
     from convclip.engine.zero.ds_config import load_ds_config, precision, resolve_ds_config
 
+    # The run's folder and checkpoints keep it: the text encoder's folder may move.
+    recipe = _whole(recipe)
     folder, task = Path(folder), open_task(recipe)
     config = resolve_ds_config(load_ds_config(ds_config), recipe, world_size())
     device, dtype = current_device(), precision(config)

@@ -36,6 +36,7 @@ FREE_ON_RESUME = (
     "description",
     "data.train",
     "data.val",
+    "model.text.model",
     "data.workers",
     "video.annotations",
     "video.frame_store",

@@ -32,7 +32,7 @@ STEP_FOLDER = re.compile(r"step-(\d{8,12})")
 # How often a reader looks again for the checkpoint that a pointer names: a run that saves moves on.
 LOOKS = 4
 # Fields of a recipe that name files, which may lie elsewhere later.
-PLACES = ("pretrained", "tokenizer", "annotations", "frame_store", "teachers")
+PLACES = ("pretrained", "tokenizer", "model", "annotations", "frame_store", "teachers")
 
 
 @dataclass

@@ -6,12 +6,14 @@ A tower that has no counterpart there (`Tower.open_clip_config` is None) is expo
 from __future__ import annotations
 
 import json
+import shutil
+import tempfile
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-from open_clip.model import CLIP
+from open_clip.model import CLIP, CustomTextCLIP
 from pydantic import ValidationError
 from safetensors import SafetensorError
 from safetensors.torch import save_file
@@ -21,6 +23,7 @@ from convclip import schema
 from convclip.files import whole_folder
 from convclip.models.checkpoint_files import checksum
 from convclip.models.dual_tower import DualTower, build_model
+from convclip.models.hf_folder import CONFIG, tokenizer_files, with_encoder
 from convclip.models.weights import CHECKSUMS, CONFIG_FILE, load_exact, metadata_of
 from convclip.schema import UserError
 
@@ -28,7 +31,7 @@ OUR_CONFIG = "convclip_model.json"
 # Key of the weights' metadata: what of the configuration decides on the output.
 MODEL = "model"
 # Fields that name files, which may lie elsewhere later.
-PLACES = ("pretrained", "tokenizer")
+PLACES = ("pretrained", "tokenizer", "model")
 
 
 @dataclass(frozen=True)
@@ -43,25 +46,38 @@ class Export:
 def export_open_clip(model: DualTower, config: schema.Model, folder: str | Path) -> Export:
     """Write `model`, built from `config` and holding all its weights, to a new `folder`; whole or not at all.
 
-    Always holds convclip_model.json for `load_export`, and the weights; for open_clip also open_clip_config.json.
+    Always holds convclip_model.json for `load_export`, and the weights; for open_clip also open_clip_config.json. With
+    a Hugging Face text encoder, its config.json and its tokenizer's files come along.
     Errors: UserError when the folder holds files, cannot be written, or open_clip would build another model.
     """
     folder = Path(folder)
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
         raise UserError(f"{folder}: already holds files, name a new folder")
+    config = with_encoder(config)
     theirs = open_clip_config(model, config)
     tensors = {name: value.detach().cpu().contiguous() for name, value in model.state_dict().items()}
     files = {OUR_CONFIG: config.model_dump(mode="json")}
-    note = ""
+    note, copied = "", []
+    if config.text.config is not None:
+        files[CONFIG], copied = config.text.config, tokenizer_files(config.text)
+        note = "" if copied else "the text encoder's tokenizer is gone from its place: copy its files into the folder"
     if theirs is not None:
         files[CONFIG_FILE] = theirs
-        tensors = _open_clip_tensors(tensors, theirs["model_cfg"])
-        if config.text.tokenizer != "open_clip":
+        tensors = _open_clip_tensors(tensors, theirs["model_cfg"], config.text.config)
+        if config.text.config is not None:
+            place = str(folder.absolute())
+            theirs["model_cfg"]["text_cfg"] |= {"hf_model_name": place, "hf_tokenizer_name": place}
+            moved = f"{CONFIG_FILE} names this folder as hf_model_name: change it there when the folder moves"
+            note = f"{note}; {moved}" if note else moved
+        elif config.text.tokenizer != "open_clip":
             note = f"open_clip will look for the tokenizer {config.text.tokenizer} in the folder: copy its files there"
     else:
-        towers = f"{config.image.backbone} with {config.text.kind} text"
-        note = f"open_clip has no {towers}: exported as safetensors, for convclip only"
-    _write(folder, files, tensors, "model.safetensors" if theirs is None else "open_clip_model.safetensors")
+        text = config.text
+        kind = text.kind if text.config is None else f"{text.pool}-pooled {text.config['model_type']}"
+        only = f"open_clip has no {config.image.backbone} with {kind} text: exported as safetensors, for convclip only"
+        note = f"{note}; {only}" if note else only
+    weights = "model.safetensors" if theirs is None else "open_clip_model.safetensors"
+    _write(folder, files, tensors, weights, copied)
     return Export(folder, theirs is not None, note)
 
 
@@ -105,14 +121,23 @@ def open_clip_config(model: DualTower, config: schema.Model) -> dict[str, Any] |
     return {"model_cfg": model_cfg, "preprocess_cfg": preprocess}
 
 
-def _open_clip_tensors(tensors: dict[str, Tensor], model_cfg: dict[str, Any]) -> dict[str, Tensor]:
-    """Tensors under the names of open_clip's CLIP, checked against the model it will build."""
-    renamed = {name.removeprefix("text."): value for name, value in tensors.items()}
+def _open_clip_tensors(
+    tensors: dict[str, Tensor], model_cfg: dict[str, Any], encoder: dict[str, Any] | None
+) -> dict[str, Tensor]:
+    """Tensors under the names of open_clip's CLIP, or with a Hugging Face `encoder` of its CustomTextCLIP, checked
+    against the model it will build.
+    """
+    renamed = {name.removeprefix("text.") if encoder is None else name: value for name, value in tensors.items()}
     renamed |= {name: renamed[name].reshape(()) for name in ("logit_scale", "logit_bias") if name in renamed}
     refusal = "open_clip builds this backbone differently, so it cannot be exported to it:"
     try:
-        with torch.device("meta"):
-            theirs = CLIP(**model_cfg).state_dict()
+        with torch.device("meta"), tempfile.TemporaryDirectory() as place:
+            if encoder is None:
+                theirs = CLIP(**model_cfg).state_dict()
+            else:
+                (Path(place) / CONFIG).write_text(json.dumps(encoder), encoding="utf-8")
+                text_cfg = {**model_cfg["text_cfg"], "hf_model_name": place}
+                theirs = CustomTextCLIP(**{**model_cfg, "text_cfg": text_cfg}).state_dict()
     except (AssertionError, RuntimeError, TypeError) as error:
         raise UserError(f"{refusal} {type(error).__name__} {error}".strip()) from None
     wrong = sorted(theirs.keys() ^ renamed.keys())
@@ -122,11 +147,15 @@ def _open_clip_tensors(tensors: dict[str, Tensor], model_cfg: dict[str, Any]) ->
     return renamed
 
 
-def _write(folder: Path, files: dict[str, dict[str, Any]], tensors: dict[str, Tensor], weights: str) -> None:
+def _write(
+    folder: Path, files: dict[str, dict[str, Any]], tensors: dict[str, Tensor], weights: str, copied: list[Path]
+) -> None:
     try:
         with whole_folder(folder) as part:
             for name, content in files.items():
                 (part / name).write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
+            for path in copied:
+                shutil.copyfile(path, part / path.name)
             metadata = {"format": "pt", CHECKSUMS: json.dumps({name: checksum(t) for name, t in tensors.items()})}
             save_file(tensors, part / weights, metadata={**metadata, MODEL: _as_built(files[OUR_CONFIG])})
     except SafetensorError as error:

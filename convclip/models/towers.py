@@ -5,12 +5,13 @@ from __future__ import annotations
 from convclip import schema
 from convclip.models.clip_text import ClipText
 from convclip.models.gpt2_text import Gpt2Text
+from convclip.models.hf_text import HfText
 from convclip.models.openclip_resnet import OpenClipResNet, resnet_sizes
 from convclip.models.timm_image import TimmImage
 from convclip.models.tower import ImageTower, TextTower
 
 # schema.TextTowerConfig.kind -> its tower
-TEXT_TOWERS: dict[str, type[TextTower]] = {"clip": ClipText, "gpt2": Gpt2Text}
+TEXT_TOWERS: dict[str, type[TextTower]] = {"clip": ClipText, "gpt2": Gpt2Text, "hf": HfText}
 
 
 def build_image_tower(config: schema.ImageTowerConfig, embed_dim: int) -> ImageTower:

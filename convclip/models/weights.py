@@ -23,6 +23,7 @@ from convclip import schema
 from convclip.models.checkpoint_files import checksum
 from convclip.models.clip_text import TOP_LEVEL_NAMES
 from convclip.models.dual_tower import DualTower
+from convclip.models.hf_folder import weight_files
 from convclip.models.tower import Tower
 from convclip.schema import UserError
 
@@ -66,6 +67,9 @@ def load_pretrained(model: DualTower, config: schema.Model) -> LoadReport:
     if config.text.pretrained:
         source = config.text.pretrained
         found |= _fitting(model, _one_tower("text.", model.text, read_weights(source)), "text.", source)
+    elif config.text.model and not config.pretrained:
+        source = config.text.model
+        found |= _fitting(model, _one_tower("text.", model.text, _in_parts(source)), "text.", source)
     _copy(model, found)
     return LoadReport(new=[name for name in model.state_dict() if name not in found], loaded=len(found))
 
@@ -105,6 +109,14 @@ def read_weights(source: str) -> Tensors:
         raise UserError(f"{path}: no state_dict: expected names with a tensor each")
     _check_tensors(path, content)
     return {name.removeprefix("module."): tensor for name, tensor in content.items()}
+
+
+def _in_parts(place: str) -> Tensors:
+    """The weights of a Hugging Face folder or hub name, in one file or several."""
+    tensors: Tensors = {}
+    for path in weight_files(place):
+        tensors |= read_weights(str(path))
+    return tensors
 
 
 def _compare_checksums(path: Path) -> None:

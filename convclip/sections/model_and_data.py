@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from typing import Any, Literal
 
-from pydantic import Field, model_validator
+from pydantic import Field, SerializerFunctionWrapHandler, model_serializer, model_validator
 
 from convclip.sections.base import MAX_PIXELS, Count, Depth, Positive, Section, Weight, Width
 
@@ -33,13 +33,19 @@ class ImageTowerConfig(Section):
 # The released sizes of each kind of text tower, where they differ from the fields' defaults.
 RELEASED_SIZES: dict[str, dict[str, Any]] = {
     "gpt2": {"width": 768, "heads": 12, "vocab_size": 50257, "tokenizer": "gpt2"},
+    # 1: what the encoder's own config.json says. A width of 1 would be no tower.
+    "hf": {"width": 1, "heads": 1, "layers": 1, "vocab_size": 1, "tokenizer": "model"},
 }
+# Fields that only kind hf has.
+HF_FIELDS = ("model", "config", "pool", "projection")
 
 
 class TextTowerConfig(Section):
-    """The text tower: `clip` is open_clip's text transformer, `gpt2` Hugging Face GPT2Model + MLP projection."""
+    """The text tower: `clip` is open_clip's text transformer, `gpt2` Hugging Face GPT2Model + MLP projection, `hf` the
+    Hugging Face encoder `model`, whose config.json says its sizes.
+    """
 
-    kind: Literal["clip", "gpt2"] = "clip"
+    kind: Literal["clip", "gpt2", "hf"] = "clip"
     width: Width = 512
     heads: Width = 8
     layers: Depth = 12
@@ -47,8 +53,18 @@ class TextTowerConfig(Section):
     vocab_size: int = Field(49408, gt=0, le=2**24)
     # A weight file, or `hf-hub:owner/name`; None: a fresh tower, or the text part of `model.pretrained`.
     pretrained: str | None = None
-    # `open_clip` is its byte-pair tokenizer; anything else a Hugging Face tokenizer's folder or name.
+    # `open_clip` is its byte-pair tokenizer, `model` that of `model`; anything else a Hugging Face tokenizer's folder
+    # or name.
     tokenizer: str = "open_clip"
+    # Kind hf: a folder of config.json, tokenizer and weights, or a name on the Hugging Face hub. Without one, `config`
+    # says what to build, with random weights.
+    model: str | None = Field(None, min_length=1)
+    # Kind hf: config.json of `model`. A run reads it when it starts and keeps it, so that it needs the folder no more.
+    config: dict[str, Any] | None = None
+    # Kind hf: what becomes of the last hidden states, and the way from the encoder's width to `embed_dim`. `mlp` is
+    # width -> (width + embed_dim) / 2 -> embed_dim, GELU between; both are without bias.
+    pool: Literal["mean", "cls", "last", "max"] = "mean"
+    projection: Literal["linear", "mlp", "none"] = "mlp"
 
     @model_validator(mode="before")
     @classmethod
@@ -60,9 +76,31 @@ class TextTowerConfig(Section):
 
     @model_validator(mode="after")
     def _heads_divide_width(self) -> TextTowerConfig:
-        if self.width % self.heads:
+        # An encoder's heads may be of another width, as T5's are.
+        if self.kind != "hf" and self.width % self.heads:
             raise ValueError(f"width {self.width} is not a multiple of heads {self.heads}")
         return self
+
+    @model_validator(mode="after")
+    def _fields_of_kind(self) -> TextTowerConfig:
+        if self.kind == "hf":
+            if self.model is None and self.config is None:
+                raise ValueError("kind hf needs `model`: a folder of config.json, tokenizer and weights, or a hub name")
+            if self.model is None and self.tokenizer == "model":
+                raise ValueError("`tokenizer` is that of `model`, which is not set: set either")
+            return self
+        for name in HF_FIELDS:
+            if getattr(self, name) != type(self).model_fields[name].default:
+                raise ValueError(f"`{name}` goes with kind hf, this is kind {self.kind}: remove it")
+        return self
+
+    @model_serializer(mode="wrap")
+    def _without_fields_of_hf(self, values: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        """Only kind hf names its fields: what older recipes, exports and feature stores say of other kinds stays."""
+        written: dict[str, Any] = values(self)
+        if self.kind == "hf":
+            return written
+        return {name: value for name, value in written.items() if name not in HF_FIELDS}
 
 
 class Model(Section):

@@ -24,7 +24,11 @@ from convclip.schema import Recipe, UserError
 # What --plan takes an image to have, where the data are not known.
 CAPTIONS_PER_IMAGE = 5
 # What of `model` in a recipe does not change the features: the weights have a hash of their own.
-WITHOUT_FILES: dict[str, bool | set[str]] = {"pretrained": True, "image": {"pretrained"}, "text": {"pretrained"}}
+WITHOUT_FILES: dict[str, bool | set[str]] = {
+    "pretrained": True,
+    "image": {"pretrained"},
+    "text": {"pretrained", "model"},
+}
 PRECISION_NAMES = {torch.float32: "float32", torch.bfloat16: "bfloat16", torch.float16: "float16"}
 
 
