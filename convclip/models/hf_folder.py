@@ -106,8 +106,9 @@ def encoder_config(values: dict[str, Any], place: str) -> Any:
     return known
 
 
-def weight_files(place: str) -> list[Path]:
-    """The weight files of a folder or hub name, one, or all that its index names.
+def weight_files(place: str) -> dict[Path, list[str]]:
+    """The weight files of a folder or hub name, one, or all that its index names, with the tensors that it says are in
+    each; [] where nothing says.
 
     Errors: UserError where there are none, or a file that the index names is missing.
     """
@@ -116,7 +117,7 @@ def weight_files(place: str) -> list[Path]:
         if path is None:
             continue
         if not name.endswith(INDEX):
-            return [path]
+            return {path: []}
         named = indexed_files(path)
         parts = {part: _file(place, part) for part in named}
         missing = [part for part, found in parts.items() if found is None]
@@ -124,8 +125,8 @@ def weight_files(place: str) -> list[Path]:
             raise UserError(
                 f"{path} names {len(named)} files, but {missing[0]} is not there: copy it beside the others"
             )
-        return [found for found in parts.values() if found is not None]
-    return [_refuse_without(place, WEIGHTS)]
+        return {found: named[part] for part, found in parts.items() if found is not None}
+    return {_refuse_without(place, WEIGHTS): []}
 
 
 def tokenizer_files(text: schema.TextTowerConfig) -> list[Path]:
@@ -138,16 +139,17 @@ def tokenizer_files(text: schema.TextTowerConfig) -> list[Path]:
     return [path for path in found if path is not None]
 
 
-def indexed_files(index: Path) -> list[str]:
-    """The files that an index of sharded weights names, each once. Errors: UserError."""
+def indexed_files(index: Path) -> dict[str, list[str]]:
+    """The files that an index of sharded weights names -> the tensors in each. Errors: UserError."""
     weights = _read_json(index).get("weight_map")
     if not isinstance(weights, dict) or not weights:
         raise UserError(f"{index}: no index of weights, it has no weight_map: copy it again")
-    names = sorted({str(name) for name in weights.values()})
-    outside = [name for name in names if name != Path(name).name or name in ("", ".", "..")]
-    if outside:
-        raise UserError(f"{index}: {outside[0]!r} is no file name: copy it again")
-    return names
+    files: dict[str, list[str]] = {}
+    for tensor, file in weights.items():
+        if not isinstance(file, str) or file != Path(file).name or file in ("", ".."):
+            raise UserError(f"{index}: {file!r} is no file name: copy it again")
+        files.setdefault(file, []).append(tensor)
+    return files
 
 
 def _file(place: str, name: str) -> Path | None:

@@ -114,8 +114,12 @@ def read_weights(source: str) -> Tensors:
 def _in_parts(place: str) -> Tensors:
     """The weights of a Hugging Face folder or hub name, in one file or several."""
     tensors: Tensors = {}
-    for path in weight_files(place):
-        tensors |= read_weights(str(path))
+    for path, names in weight_files(place).items():
+        part = read_weights(str(path))
+        lost = [name for name in names if name not in part]
+        if lost:
+            raise UserError(f"{path}: lacks {_some(lost)}, which the index beside it says it holds: copy both again")
+        tensors |= part
     return tensors
 
 
