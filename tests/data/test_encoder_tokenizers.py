@@ -102,10 +102,13 @@ def test_folders_without_a_tokenizer_or_with_anothers_are_refused(tmp_path):
 
 def test_code_in_a_tokenizers_folder_is_not_run(tmp_path, monkeypatch):
     """Nor does transformers ask at the terminal whether to run it."""
-    folder_of(tmp_path, "bert")
-    (tmp_path / "own.py").write_text("raise SystemExit('ran')")
-    settings = json.loads((tmp_path / "tokenizer_config.json").read_text())
+    own = tmp_path / "own"
+    write_tokenizer(own, "bert")
+    (own / "own.py").write_text("raise SystemExit('ran')")
+    settings = json.loads((own / "tokenizer_config.json").read_text())
     settings |= {"auto_map": {"AutoTokenizer": ["own.Own", None]}, "tokenizer_class": "Own"}
-    (tmp_path / "tokenizer_config.json").write_text(json.dumps(settings))
-    monkeypatch.setattr("builtins.input", lambda *a: pytest.fail("asked"))
-    assert build_tokenizer(filled(tmp_path))(["w5"]).tolist() == [[2, 5, 3, 0, 0, 0, 0, 0]]
+    (own / "tokenizer_config.json").write_text(json.dumps(settings))
+    monkeypatch.setattr("builtins.input", lambda *a: "y")
+    text = filled(folder_of(tmp_path / "encoder", "bert"), tokenizer=str(own))
+    with pytest.raises(UserError, match="holds no readable tokenizer"):
+        build_tokenizer(text)
