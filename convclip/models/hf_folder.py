@@ -86,8 +86,8 @@ def encoder_config(values: dict[str, Any], place: str) -> Any:
 
     others = {name: value for name, value in values.items() if name not in ("model_type", "attn_implementation")}
     try:
-        # Masks are made for these: MPNet has its own attention alone.
-        attention = "eager" if FAMILIES[kind].attention == "mpnet" else "sdpa"
+        # Masks of true and false are made for this one; position biases are numbers, which all kinds of attention add.
+        attention = None if FAMILIES[kind].attention in ("t5", "mpnet") else "sdpa"
         known = AutoConfig.for_model(kind, attn_implementation=attention, **others)
         sizes = {name: getattr(known, theirs) for name, theirs in SIZES.items()}
     except Exception as error:  # its checks raise whatever a wrong value leads them to

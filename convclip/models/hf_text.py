@@ -9,6 +9,7 @@ Shapes: B batch, T tokens, C width, D embed, H heads.
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Collection
 from typing import Any
 
@@ -104,7 +105,7 @@ class HfText(TextTower):
         places = torch.arange(hidden.shape[1], device=hidden.device)
         mask = words
         if block.attention_type == "sliding_attention":
-            near = (places[:, None] - places).abs() <= self.sizes.sliding_window
+            near = (places[:, None] - places).abs() <= self.sizes.local_attention // 2
             # Padding far from every word sees itself: a row that sees nothing gives NaN.
             mask = (words & near) | torch.eye(len(places), dtype=torch.bool, device=hidden.device)
         size = self.sizes.hidden_size // self.sizes.num_attention_heads
@@ -192,6 +193,10 @@ def _build_encoder(sizes: Any, family: Family) -> nn.Module:
     if sizes.model_type == "t5":
         return model.encoder
     if sizes.model_type == "modernbert":
+        if "sliding_window_mask" in inspect.signature(model.layers[0].forward).parameters:
+            raise UserError(
+                f"transformers {transformers.__version__} runs ModernBERT in another way: pip install -U transformers"
+            )
         # Its frequencies would be rounded to half precision with the weights: `_rotary` makes them anew.
         del model.rotary_emb
         if any(rope["rope_type"] != "default" for rope in sizes.rope_parameters.values()):

@@ -16,10 +16,10 @@ import convclip
 from convclip.config import load_recipe
 from convclip.schema import Recipe, UserError
 from tests.engine import small_steps
-from tests.engine.small_engine import run_ranks
 from tests.engine.small_run import make_files, train_here
 from tests.engine.small_steps import CHUNK, LOCKED, chunked_run, ds_config, plain_run, small_recipe
 from tests.models.hf_folders import configuration, write_encoder
+from tests.processes import run_ranks, run_script
 
 FILES = "train-{000000..000002}.tar"
 
@@ -57,8 +57,8 @@ def both_stages() -> dict[int, dict[str, Tensor]]:
 
 
 @pytest.mark.launch
-def test_events_in_chunks_under_zero_equal_the_plain_loop(tmp_path):
-    found = run_ranks(2, tmp_path / "found.pt", both_stages)
+def test_events_in_chunks_under_zero_equal_the_plain_loop():
+    found = run_ranks(2, both_stages)
     oracle = with_padding(plain_run, t5_recipe(), 2, CHUNK)
     start = dict(small_steps.small_model(t5_recipe()).named_parameters())
     moved = {n: (oracle[n] - start[n]).abs().max().item() for n in start if n.startswith("text.")}
@@ -90,9 +90,7 @@ def runs(files: Path, encoder: Path) -> dict[str, Any]:
         rows = [json.loads(line) for line in (files / mode / "metrics.jsonl").read_text().splitlines()]
         found[mode] = [row["loss"] for row in rows if "loss" in row]
     events = {"freezing": {"lock": ["image", "text"], "unfreeze": [{"epoch": 1, "tower": "text", "layers": 1}]}}
-    short = overrides(files, encoder, **events, max_steps=3)
     train_here(str(files), str(files / "run"), 2, overrides(files, encoder, **events))
-    train_here(str(files), str(files / "cut"), 2, (*short, "max_steps=null", "epochs=1"))
     moved = encoder.rename(encoder.with_name("moved"))
     run = files / "run"
     with pytest.raises(UserError) as caught:
@@ -103,7 +101,7 @@ def runs(files: Path, encoder: Path) -> dict[str, Any]:
     val = str(files / "val-000000.tar")
     found["figures"] = evaluate_checkpoint(run, val, files / "eval", "fp32", [f"model.text.tokenizer={moved}"])
     again = train_here(str(files), str(run), 2, overrides(files, moved, **events), "auto")
-    found["steps"] = again["steps"] if "steps" in again else again.get("step")
+    found["again"] = again
     found["plan"] = plan_recipe(load_recipe(run / "recipe.yaml"))
     return found
 
@@ -113,7 +111,7 @@ def trained(tmp_path_factory) -> dict[str, Any]:
     transformers.utils.logging.set_verbosity_error()
     files = make_files(tmp_path_factory.mktemp("files"))
     write_encoder(files / "encoder", "bert")
-    return run_ranks(1, files / "found.pt", runs, files, files / "encoder")
+    return run_ranks(1, runs, files, files / "encoder")
 
 
 @pytest.mark.launch
@@ -126,5 +124,27 @@ def test_a_run_outlives_its_encoders_folder(trained):
     assert "model.text.model: " in trained["gone"] and "encoder" in trained["gone"] and "\n" not in trained["gone"]
     torch.testing.assert_close(trained["alone"], trained["embedded"][:1], atol=1e-6, rtol=0)
     assert trained["figures"]["images"] == 8
+    # A finished run goes on from its last step, with the encoder named at its new place.
+    assert trained["again"] is not None
     stages = trained["plan"]["stages"]
     assert stages[0]["trainable"]["text"] == 16 * 32 < stages[1]["trainable"]["text"]
+
+
+@pytest.mark.launch
+def test_the_command_line_plans_it_and_refuses_what_is_no_encoder(tmp_path):
+    make_files(tmp_path)
+    write_encoder(tmp_path / "encoder", "bert")
+
+    def plan(folder: Path) -> Any:
+        given = [part for item in overrides(tmp_path, folder) for part in ("--set", item)]
+        return run_script("launch/train.py", "--recipe", str(tmp_path / "small.yaml"), *given, "--plan", "--json")
+
+    done = plan(tmp_path / "encoder")
+    assert done.returncode == 0, done.stderr
+    # Its projection trains from the start: 32 x 16.
+    assert json.loads(done.stdout)["stages"][0]["trainable"]["text"] == 512
+    (tmp_path / "encoder" / "config.json").write_text('{"model_type": "bart"}')
+    done = plan(tmp_path / "encoder")
+    assert done.returncode == 2 and "Traceback" not in done.stderr
+    (line,) = [line for line in done.stderr.splitlines() if "encoder-decoder" in line]
+    assert line.endswith("name one of bert, roberta, xlm-roberta, distilbert, mpnet, modernbert, t5, gpt2")

@@ -199,6 +199,18 @@ def test_rotations_do_not_lose_precision_with_the_weights(folders):
         assert torch.equal(a.bfloat16(), b)
 
 
+def test_transformers_that_mask_modernberts_windows_themselves_are_refused(folders, monkeypatch):
+    """5.0 takes a second mask, and would run every block with the whole caption in sight."""
+
+    def forward(self, hidden_states, attention_mask=None, sliding_window_mask=None, position_embeddings=None):
+        return hidden_states
+
+    layer = transformers.models.modernbert.modeling_modernbert.ModernBertEncoderLayer
+    monkeypatch.setattr(layer, "forward", forward)
+    with pytest.raises(schema.UserError, match="ModernBERT in another way: pip install -U transformers"):
+        build_text_tower(text_section(folders["modernbert"]), 16)
+
+
 def test_a_caption_may_hold_the_padding_token_as_a_word(folders):
     tokens, mask = captions("roberta", (9,), total=30)
     tokens[0, 4] = 1
