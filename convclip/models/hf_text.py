@@ -40,6 +40,8 @@ class HfText(TextTower):
         self.sizes: Any = encoder_config(config.config, place)
         self.family = FAMILIES[self.sizes.model_type]
         self.pooling, self.embed_dim = config.pool, embed_dim
+        if self.pooling == "cls" and self.family.attention == "causal":
+            raise UserError(f"model.text.pool cls: the first token of {place} sees no other; use last or mean")
         _check_positions(self.sizes, self.family, config.context_length, place)
         self.transformer = _build_encoder(self.sizes, self.family)
         self.proj = _projection(config, embed_dim)

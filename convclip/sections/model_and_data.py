@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from typing import Any, Literal
 
-from pydantic import Field, SerializerFunctionWrapHandler, model_serializer, model_validator
+from pydantic import Field, SerializerFunctionWrapHandler, field_validator, model_serializer, model_validator
 
 from convclip.sections.base import MAX_PIXELS, Count, Depth, Positive, Section, Weight, Width
 
@@ -73,6 +73,12 @@ class TextTowerConfig(Section):
         if isinstance(values, dict) and isinstance(values.get("kind"), str):
             return {**RELEASED_SIZES.get(values["kind"], {}), **values}
         return values
+
+    @field_validator("model")
+    @classmethod
+    def _hub_name(cls, model: str | None) -> str | None:
+        """`hf-hub:owner/name`, as other places of weights are written, is a hub name too."""
+        return None if model is None else model.removeprefix("hf-hub:")
 
     @model_validator(mode="after")
     def _heads_divide_width(self) -> TextTowerConfig:

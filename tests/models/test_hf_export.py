@@ -91,6 +91,18 @@ def test_what_open_clip_has_no_tower_for_is_said_and_loads_back_here(folders, tm
     torch.testing.assert_close(convclip.load(done.folder).embed_texts(TEXTS), expected, atol=1e-6, rtol=0)
 
 
+def test_an_export_starts_another_run(folders, tmp_path):
+    """Both towers from the file, under open_clip's names, so that the encoder's folder need hold no weights."""
+    folder = shutil.copytree(folders["bert"], tmp_path / "encoder")
+    model, config = model_of(folder)
+    done = export_open_clip(model, config, tmp_path / "export")
+    (folder / "model.safetensors").unlink()
+    again = config.model_copy(update={"pretrained": str(done.folder)})
+    other = build_model(again)
+    assert load_pretrained(other, again).new == []
+    torch.testing.assert_close(other.state_dict(), model.state_dict(), atol=0, rtol=0)
+
+
 def test_an_export_without_its_tokenizer_says_so(folders, tmp_path):
     folder = shutil.copytree(folders["bert"], tmp_path / "encoder")
     model, config = model_of(folder)
