@@ -13,14 +13,17 @@ import torch
 from timm.layers import AttentionPool2d, resample_abs_pos_embed
 from torch import Tensor, nn
 
+# Channels of a head in timm's pool, unless it is told otherwise.
+TIMM_HEAD_WIDTH = 64
+
 
 class AttentionPool(AttentionPool2d):
-    """AttentionPool2d with its parameter names and values; `width` must be a multiple of 64."""
+    """AttentionPool2d with its parameter names and values, for any `width`."""
 
     qkv: nn.Module  # type: ignore[assignment]  # timm says Linear, which is replaced here
 
     def __init__(self, width: int, map_size: int | tuple[int, int], embed_dim: int):
-        super().__init__(width, map_size, out_features=embed_dim)
+        super().__init__(width, map_size, out_features=embed_dim, num_heads=pool_heads(width))
         assert isinstance(self.qkv, nn.Linear)  # timm's, unless it is told to split it
         self.qkv = _MeanTokenAttention(self.qkv, self.num_heads)
 
@@ -31,6 +34,15 @@ class AttentionPool(AttentionPool2d):
         x = torch.cat([x.mean(1, keepdim=True), x], dim=1)
         positions = resample_abs_pos_embed(self.pos_embed[None], size, old_size=self.feat_size, num_prefix_tokens=1)
         return self.proj(self.qkv(x + positions))
+
+
+def pool_heads(width: int) -> int:
+    """How many heads attend over `width` channels: those whose own width is nearest to 64, in doubt the more.
+
+    timm's count, and open_clip's, where 64 divides the width; they have no pool for other widths.
+    """
+    counts = [heads for heads in range(1, width + 1) if width % heads == 0]
+    return min(counts, key=lambda heads: (abs(width // heads - TIMM_HEAD_WIDTH), -heads))
 
 
 class _MeanTokenAttention(nn.Module):

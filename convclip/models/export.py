@@ -74,7 +74,10 @@ def export_open_clip(model: DualTower, config: schema.Model, folder: str | Path)
     else:
         text = config.text
         kind = text.kind if text.config is None else f"{text.pool}-pooled {text.config['model_type']}"
-        only = f"open_clip has no {config.image.backbone} with {kind} text: exported as safetensors, for convclip only"
+        towers = f"{config.image.backbone} with {kind} text"
+        if model.visual.open_clip_config(config) is None:
+            towers = f"{config.image.head} for {config.image.backbone}, whose width 64 does not divide"
+        only = f"open_clip has no {towers}: exported as safetensors, for convclip only"
         note = f"{note}; {only}" if note else only
     weights = "model.safetensors" if theirs is None else "open_clip_model.safetensors"
     _write(folder, files, tensors, weights, copied)
