@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from convclip.devices import current_device
-from convclip.distributed import all_reduce_max, gather_objects, is_main, on_main
+from convclip.distributed import all_reduce_max, all_reduce_mean, gather_objects, is_main, on_main
 from convclip.files import CannotWrite, append_line, writing
 from convclip.schema import UserError
 
@@ -197,15 +197,20 @@ class LossWatch:
         """A step's loss on this rank, still on the device, and whether weights were updated."""
         self._unread.append((step, loss, updated))
 
-    def read(self) -> None:
-        """Look at all steps since the last time; UserError after max_bad_steps in a row that are not sound."""
+    def read(self) -> list[tuple[int, float]]:
+        """Look at all steps since the last time: each with its mean loss over ranks.
+
+        Errors: UserError after max_bad_steps in a row that are not sound.
+        """
         if not self._unread:
-            return
+            return []
         own = torch.stack([loss for _, loss, _ in self._unread]).float()
-        infinite = all_reduce_max((~own.isfinite()).float()).tolist()
+        means, infinite = all_reduce_mean(torch.stack([own, (~own.isfinite()).float()])).tolist()
         for (step, _, updated), is_infinite, loss in zip(self._unread, infinite, own.tolist(), strict=True):
             self._judge(step, bool(is_infinite), loss, updated)
+        steps = [step for step, _, _ in self._unread]
         self._unread.clear()
+        return list(zip(steps, means, strict=True))
 
     def _judge(self, step: int, is_infinite: bool, loss: float, updated: bool) -> None:
         if not is_infinite and (updated or self.skips_are_normal):

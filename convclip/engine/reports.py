@@ -5,13 +5,17 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from typing import Any
 
+from torch import nn
+
 from convclip.devices import memory_gib
 from convclip.distributed import all_reduce_mean
+from convclip.engine.loss_rise import Rise
 from convclip.engine.meters import clock
 from convclip.engine.stages.groups import Stage, describe_amount
+from convclip.engine.stages.norms import about_norms, opened_norms
 from convclip.engine.steps import StepResult
 from convclip.engine.zero.staged_engine import StagedEngine
-from convclip.models.layer_groups import parameter_counts
+from convclip.models.layer_groups import PARTS, parameter_counts
 from convclip.schema import Recipe
 
 
@@ -57,6 +61,7 @@ def unfreeze_report(
         number = recipe.freezing.unfreeze.index(event)
         groups = [group for group in stage.opened if group.event == number]
         names = {name for group in groups for name in group.parameters}
+        norms = about_norms(staged.engine.module, recipe, event.tower, names)
         row = {
             "event": "unfreeze",
             "step": step,
@@ -66,12 +71,43 @@ def unfreeze_report(
             "parameters": parameter_counts(staged.engine.module, names)["total"],
             "lr_scale": groups[0].lr_scale,
         }
+        if norms:
+            row["batch_norm"] = "frozen" if event.tower in recipe.freezing.still_norms else "batch"
         yield (
             row,
             f"unfreeze {event.tower}: {row['opened']}, {row['parameters']:,} parameters, "
             f"lr {lr[groups[0].name]:.2e} = {groups[0].lr_scale:g} x lr(step); "
-            f"rebuilt in {seconds:.2f} s",
+            f"{norms + '; ' if norms else ''}rebuilt in {seconds:.2f} s",
         )
+
+
+def rise_report(staged: StagedEngine, recipe: Recipe, stage: Stage, rise: Rise) -> str:
+    """Log line of an event after which the loss is higher than before, and what may be the reason; the model is in
+    train mode."""
+    model, opened = staged.engine.module, {name for group in stage.opened for name in group.parameters}
+    towers = sorted({event.tower for event in stage.events})
+    reasons = []
+    for tower in towers:
+        if tower not in recipe.freezing.still_norms and opened_norms(model, tower, opened):
+            reasons.append(
+                f"{about_norms(model, recipe, tower, opened)} from then on (freezing.batch_norm=frozen avoids that)"
+            )
+        if any(_drops(module) for module in getattr(model, PARTS[tower]).modules()):
+            reasons.append(f"dropout or drop path of the {tower} tower works in what opened")
+    reasons.append(
+        "what opened may learn too fast (lower freezing.new_lr_scale or the event's lr_scale, or raise "
+        "freezing.new_warmup_steps)"
+    )
+    events = " and ".join(f"{event.tower} {describe_amount(event)}" for event in stage.events)
+    return (
+        f"the loss rose from {rise.before:.4f} to {rise.after:.4f}, means of the {rise.steps_before} steps before and "
+        f"the {rise.steps_after} after step {rise.start}, where {events} opened: {'; '.join(reasons)}"
+    )
+
+
+def _drops(module: nn.Module) -> bool:
+    share = getattr(module, "p" if isinstance(module, nn.Dropout) else "drop_prob", None)
+    return module.training and isinstance(share, float) and share > 0
 
 
 def summary_report(recipe: Recipe, best: Mapping[str, Any], steps: int, seconds: float) -> tuple[dict[str, Any], str]:

@@ -194,10 +194,12 @@ def _refuse_other_recipe(checkpoint: Path, state: RunState, recipe: Recipe) -> N
             )
         saved = load_recipe(source)
     then, now = (_flatten(r.model_dump(mode="json", by_alias=True)) for r in (saved, recipe))
+    # A run of before there was one may need it to go on alike: the staged engine says so.
+    free = FREE_ON_RESUME if state.batch_norm else (*FREE_ON_RESUME, "freezing.batch_norm")
     different = [
         f"{key} was {then.get(key)}, is {now.get(key)}"
         for key in sorted(then.keys() | now.keys())
-        if then.get(key) != now.get(key) and not any(key == f or key.startswith(f + ".") for f in FREE_ON_RESUME)
+        if then.get(key) != now.get(key) and not any(key == f or key.startswith(f + ".") for f in free)
     ]
     if different:
         more = f" and {len(different) - 3} more" if len(different) > 3 else ""

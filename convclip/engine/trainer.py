@@ -12,8 +12,9 @@ from typing import Any
 from convclip.data.micro_batches import Batch
 from convclip.devices import RandomState, current_device, on_accelerator
 from convclip.engine.inputs import Reads
+from convclip.engine.loss_rise import LossRises
 from convclip.engine.meters import LossWatch, RunLog, StepClock, logger
-from convclip.engine.reports import start_report, step_figures, summary_report, unfreeze_report
+from convclip.engine.reports import rise_report, start_report, step_figures, summary_report, unfreeze_report
 from convclip.engine.stages.schedule import LearningRates
 from convclip.engine.steps import StepResult, accumulated_step, chunked_step
 from convclip.engine.task import DualTower, Evaluation, Parts, Task
@@ -41,6 +42,7 @@ class Trainer:
         self.log, self.clock = RunLog(folder, self.total_steps, start.state.step), StepClock()
         self.staged = StagedEngine(model, self.recipe, ds_config, self.steps_per_epoch, folder)
         self.losses = LossWatch(self.recipe.max_bad_steps, skips_are_normal=self.staged.adapts_loss_scale)
+        self.rises = LossRises(self.staged.starts[1:], self.total_steps, start.state.losses)
         self.rates = LearningRates(self.recipe, self.total_steps, self.staged.event_starts)
         self.state = start.state
         self.staged.load(start)
@@ -124,7 +126,7 @@ class Trainer:
         due = step % self.recipe.log_every == 0 or step == self.total_steps
         self.losses.add(step, result.losses["total"], result.updated)
         if due or self.losses.is_full:
-            self.losses.read()
+            self._read_losses()
         if not due:
             return
         row = {
@@ -136,6 +138,13 @@ class Trainer:
         self.log.metrics(row)
         for warning in self.parts.objective.warnings(row):
             logger.warning(warning)
+
+    def _read_losses(self) -> None:
+        """Look at the losses since the last time, and say where an event raised them."""
+        for rise in self.rises.add(self.losses.read()):
+            stage = self.staged.stages[self.staged.starts.index(rise.start)]
+            logger.warning(rise_report(self.staged, self.recipe, stage, rise))
+        self.state.losses = self.rises.recent
 
     def _report_memory(self) -> None:
         """After the first step on an accelerator: the plan's estimate beside the true peak."""
@@ -196,7 +205,7 @@ class Trainer:
 
     def _save(self, figures: dict[str, Any] | None) -> None:
         """Save a checkpoint, move `latest`, and `best` where the mean standard R@1 is higher than ever."""
-        self.losses.read()
+        self._read_losses()
         if self.losses.bad_steps:
             logger.warning(f"step {self.state.step}: not saved, the loss or the gradient is not finite")
             return

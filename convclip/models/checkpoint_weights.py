@@ -41,7 +41,9 @@ class RunState:
     what its engine is. A checkpoint's state.json holds it.
 
     `run` identifies the run, `locked` the file of locked weights that its checkpoints belong to, `recipe` is its recipe
-    as YAML, and `data` says what its training stream was made from.
+    as YAML, and `data` says what its training stream was made from. `batch_norm` is the recipe's
+    `freezing.batch_norm` ("auto" for None, "" before there was one). `losses` are those of the last steps, means over
+    ranks, to see what an event does to the loss.
     """
 
     step: int
@@ -55,6 +57,8 @@ class RunState:
     locked: str = ""
     recipe: str = ""
     data: dict[str, Any] = field(default_factory=dict)
+    batch_norm: str = ""
+    losses: list[float] = field(default_factory=list)
 
     def take_best(self, recalls: Mapping[str, float]) -> bool:
         """Whether these standard recalls have the highest mean R@1 so far; they are `best` then."""

@@ -12,6 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from convclip import schema
+from convclip.models.batch_norm import batch_norms
 from convclip.models.tower import TextPrefix
 from convclip.models.towers import build_image_tower, build_text_tower
 
@@ -59,6 +60,8 @@ class DualTower(nn.Module):
 
     # Whether locking a tower locks its head too; here heads are new and always train.
     locks_heads = False
+    # Towers (image, text) whose layers' batch norms keep their running statistics in training too.
+    still_norms: tuple[str, ...] = ()
 
     def __init__(self, config: schema.Model):
         super().__init__()
@@ -131,13 +134,22 @@ class DualTower(nn.Module):
     def train(self, mode: bool = True) -> DualTower:
         """As nn.Module, except that a module none of whose parameters is trainable stays in eval mode.
 
-        So a locked part has no dropout or drop path and its batch norms use, and keep, their running statistics.
-        Call it again after changing `requires_grad`.
+        So a locked part has no dropout or drop path and its batch norms use, and keep, their running statistics, as do
+        all of a tower in `still_norms`. Call it again after changing either, or `requires_grad`.
         """
         super().train(mode)
         if mode:
             _rest_frozen(self)
+            for tower in self.still_norms:
+                for norm in self.tower_norms(tower):
+                    norm.eval()
         return self
+
+    def tower_norms(self, tower: str) -> list[nn.Module]:
+        """The batch norms with running statistics of a tower (image or text), without its head's."""
+        module = self.visual if tower == "image" else self.text
+        head = set(module.embed_head().modules())
+        return [norm for norm in batch_norms(module) if norm not in head]
 
     def set_grad_checkpointing(self, enable: bool = True) -> None:
         """Activation checkpointing of both towers: memory for about a third more computation."""

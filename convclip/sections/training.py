@@ -111,6 +111,14 @@ class Freezing(Section):
     new_lr_scale: float = Field(0.1, gt=0)
     # Linear warm-up of a newly unfrozen group, in steps after its event; shortened as optim.warmup_steps is.
     new_warmup_steps: Steps = 0
+    # Batch norms of the towers' layers: `batch` takes a step's statistics and follows them, `frozen` keeps the running
+    # statistics as they are (weight and bias train all the same). None: frozen for the towers that `lock` names.
+    batch_norm: Literal["frozen", "batch"] | None = None
+
+    @property
+    def still_norms(self) -> tuple[Literal["image", "text"], ...]:
+        """The towers whose batch norms keep their running statistics."""
+        return {"frozen": ("image", "text"), "batch": (), None: self.lock}[self.batch_norm]
 
     @model_validator(mode="after")
     def _events_match_locks(self) -> Freezing:

@@ -5,7 +5,7 @@ The model is built on the meta device: no data, no weights, no memory, no DeepSp
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Set
 from pathlib import Path
 from typing import Any
 
@@ -14,11 +14,13 @@ import torch
 from convclip.config import UserError
 from convclip.engine.plan.memory import format_memory, plan_memory
 from convclip.engine.stages.groups import Stage, describe_amount, event_starts, reached_stages, training_stages
+from convclip.engine.stages.norms import about_norms
 from convclip.engine.stages.schedule import LearningRates, peak_lr, shortened_warmups, warmup_steps
 from convclip.engine.stored.frozen import storable
 from convclip.engine.task import Task
 from convclip.files import whole_file
-from convclip.models.layer_groups import parameter_counts
+from convclip.models.dual_tower import DualTower
+from convclip.models.layer_groups import PARTS, parameter_counts
 from convclip.schema import Recipe, Unfreeze
 
 CURVE_POINTS = 400
@@ -64,7 +66,10 @@ def make_plan(task: Task, ds_config: Mapping[str, Any] | None = None, world: int
             }
             for stage in reached
         ],
-        "notes": _notes(recipe, stages, reached, steps_per_epoch, total),
+        "notes": [
+            *_notes(recipe, stages, reached, steps_per_epoch, total),
+            *_norm_notes(model, recipe, reached[-1].trainable),
+        ],
     }
     known = task.estimates_memory
     plan["memory"] = plan_memory(model, recipe, reached, ds_config, world) if known else None
@@ -206,6 +211,19 @@ def _notes(
     elif recipe.max_steps:
         notes += shortened_warmups(recipe, recipe.max_steps, {})
     return notes
+
+
+def _norm_notes(model: DualTower, recipe: Recipe, trainable: Set[str]) -> list[str]:
+    """What the batch norms of a tower that opens do, or of one whose norms are asked to stay as they are."""
+    freezing = recipe.freezing
+    found = {
+        tower: about_norms(model, recipe, tower, trainable)
+        for tower in PARTS
+        if tower in freezing.lock or tower in freezing.still_norms
+    }
+    return [
+        f"of what trains of the {tower} tower, {said} (freezing.batch_norm)" for tower, said in found.items() if said
+    ]
 
 
 def _lr_curve(recipe: Recipe, stages: list[Stage], steps_per_epoch: int, total: int) -> dict[str, Any]:

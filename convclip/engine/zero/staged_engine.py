@@ -13,6 +13,7 @@ from deepspeed import DeepSpeedEngine
 
 from convclip.distributed import alike, on_main, rank, world_size
 from convclip.engine.stages.groups import Stage, event_starts, training_stages
+from convclip.engine.stages.norms import norms_kept
 from convclip.engine.zero.build import build_engine, dismantle, rebuild_engine
 from convclip.engine.zero.checkpoint import load_checkpoint, move_pointer, remove_old, save_checkpoint, save_locked
 from convclip.engine.zero.ds_config import adapts_loss_scale, precision
@@ -59,6 +60,7 @@ class StagedEngine:
         self.starts = [stage.start(steps_per_epoch) for stage in self.stages]
         self.event_starts = event_starts(self.stages, steps_per_epoch)
         self.stage = 0
+        model.still_norms = recipe.freezing.still_norms
         self._model = model
 
     @property
@@ -101,11 +103,24 @@ class StagedEngine:
                 f"cannot resume at step {state.step}: stage {state.stage} of the unfreeze schedule, open by then, "
                 "would now begin later or not at all; resume from a checkpoint before that event, or with the same data"
             )
+        self._refuse_other_norms(begin)
         self._build(state.stage)
         self._unopened = {n: value for n, value in self._unopened.items() if n not in self.trainable}
         torch.manual_seed(self.recipe.seed + rank())
         if checkpoint is not None:
             load_checkpoint(self.engine, checkpoint)
+
+    def _refuse_other_norms(self, begin: Start) -> None:
+        """A run of before `freezing.batch_norm` took each batch's statistics in what opened, and goes on so."""
+        state = begin.state
+        if begin.checkpoint is not None and not state.batch_norm:
+            kept = norms_kept(self._model, self.recipe, self.stages[-1].trainable)
+            if kept:
+                raise UserError(
+                    f"cannot resume, {begin.checkpoint} is of a convclip whose opened batch norms took each batch's "
+                    f"statistics, and {kept} would now keep theirs: add --set freezing.batch_norm=batch"
+                )
+        state.batch_norm = self.recipe.freezing.batch_norm or "auto"
 
     def open_due(self, step: int) -> Iterator[Stage]:
         """Open the stages that begin before optimizer step `step`, one by one; the engine is rebuilt for each."""
