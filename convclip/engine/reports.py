@@ -2,17 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 from torch import nn
 
 from convclip.devices import memory_gib
 from convclip.distributed import all_reduce_mean
-from convclip.engine.loss_rise import Rise
+from convclip.engine.loss_rise import LossRises
 from convclip.engine.meters import clock
 from convclip.engine.stages.groups import Stage, describe_amount
-from convclip.engine.stages.norms import about_norms, opened_norms
+from convclip.engine.stages.norms import about_norms
 from convclip.engine.steps import StepResult
 from convclip.engine.zero.staged_engine import StagedEngine
 from convclip.models.layer_groups import PARTS, parameter_counts
@@ -81,28 +81,42 @@ def unfreeze_report(
         )
 
 
-def rise_report(staged: StagedEngine, recipe: Recipe, stage: Stage, rise: Rise) -> str:
-    """Log line of an event after which the loss is higher than before, and what may be the reason; the model is in
-    train mode."""
-    model, opened = staged.engine.module, {name for group in stage.opened for name in group.parameters}
-    towers = sorted({event.tower for event in stage.events})
-    reasons = []
-    for tower in towers:
-        if tower not in recipe.freezing.still_norms and opened_norms(model, tower, opened):
-            reasons.append(
-                f"{about_norms(model, recipe, tower, opened)} from then on (freezing.batch_norm=frozen avoids that)"
+class RiseReport:
+    """Says where an event raised the loss, and what may be the reason. `recent` is what a checkpoint keeps for it."""
+
+    def __init__(self, staged: StagedEngine, recipe: Recipe, total_steps: int, recent: Sequence[float]) -> None:
+        self.staged, self.recipe = staged, recipe
+        self._rises = LossRises(staged.starts[1:], total_steps, recent)
+
+    @property
+    def recent(self) -> list[float]:
+        """The losses of the last steps."""
+        return self._rises.recent
+
+    def lines(self, losses: Iterable[tuple[int, float]]) -> Iterator[str]:
+        """A log line for each event that the (step, mean loss over ranks) that follow show to have raised the loss."""
+        for rise in self._rises.add(losses):
+            stage = self.staged.stages[self.staged.starts.index(rise.start)]
+            events = " and ".join(f"{event.tower} {describe_amount(event)}" for event in stage.events)
+            yield (
+                f"the loss rose from {rise.before:.4f} to {rise.after:.4f}, means of the {rise.steps_before} steps "
+                f"before and the {rise.steps_after} after step {rise.start}, where {events} opened: "
+                f"{'; '.join(self._reasons(stage))}"
             )
-        if any(_drops(module) for module in getattr(model, PARTS[tower]).modules()):
-            reasons.append(f"dropout or drop path of the {tower} tower works in what opened")
-    reasons.append(
-        "what opened may learn too fast (lower freezing.new_lr_scale or the event's lr_scale, or raise "
-        "freezing.new_warmup_steps)"
-    )
-    events = " and ".join(f"{event.tower} {describe_amount(event)}" for event in stage.events)
-    return (
-        f"the loss rose from {rise.before:.4f} to {rise.after:.4f}, means of the {rise.steps_before} steps before and "
-        f"the {rise.steps_after} after step {rise.start}, where {events} opened: {'; '.join(reasons)}"
-    )
+
+    def _reasons(self, stage: Stage) -> Iterator[str]:
+        """What may be the reason; the model is in train mode."""
+        model, opened = self.staged.engine.module, {name for group in stage.opened for name in group.parameters}
+        for tower in sorted({event.tower for event in stage.events}):
+            norms = about_norms(model, self.recipe, tower, opened)
+            if norms and tower not in self.recipe.freezing.still_norms:
+                yield f"{norms} from then on (freezing.batch_norm=frozen avoids that)"
+            if any(_drops(module) for module in getattr(model, PARTS[tower]).modules()):
+                yield f"dropout or drop path of the {tower} tower works in what opened"
+        yield (
+            "what opened may learn too fast (lower freezing.new_lr_scale or the event's lr_scale, or raise "
+            "freezing.new_warmup_steps)"
+        )
 
 
 def _drops(module: nn.Module) -> bool:

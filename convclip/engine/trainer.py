@@ -12,9 +12,8 @@ from typing import Any
 from convclip.data.micro_batches import Batch
 from convclip.devices import RandomState, current_device, on_accelerator
 from convclip.engine.inputs import Reads
-from convclip.engine.loss_rise import LossRises
 from convclip.engine.meters import LossWatch, RunLog, StepClock, logger
-from convclip.engine.reports import rise_report, start_report, step_figures, summary_report, unfreeze_report
+from convclip.engine.reports import RiseReport, start_report, step_figures, summary_report, unfreeze_report
 from convclip.engine.stages.schedule import LearningRates
 from convclip.engine.steps import StepResult, accumulated_step, chunked_step
 from convclip.engine.task import DualTower, Evaluation, Parts, Task
@@ -42,7 +41,7 @@ class Trainer:
         self.log, self.clock = RunLog(folder, self.total_steps, start.state.step), StepClock()
         self.staged = StagedEngine(model, self.recipe, ds_config, self.steps_per_epoch, folder)
         self.losses = LossWatch(self.recipe.max_bad_steps, skips_are_normal=self.staged.adapts_loss_scale)
-        self.rises = LossRises(self.staged.starts[1:], self.total_steps, start.state.losses)
+        self.rises = RiseReport(self.staged, self.recipe, self.total_steps, start.state.losses)
         self.rates = LearningRates(self.recipe, self.total_steps, self.staged.event_starts)
         self.state = start.state
         self.staged.load(start)
@@ -141,9 +140,8 @@ class Trainer:
 
     def _read_losses(self) -> None:
         """Look at the losses since the last time, and say where an event raised them."""
-        for rise in self.rises.add(self.losses.read()):
-            stage = self.staged.stages[self.staged.starts.index(rise.start)]
-            logger.warning(rise_report(self.staged, self.recipe, stage, rise))
+        for line in self.rises.lines(self.losses.read()):
+            logger.warning(line)
         self.state.losses = self.rises.recent
 
     def _report_memory(self) -> None:
