@@ -20,8 +20,8 @@ from convclip.models.dual_tower import DualTower
 from convclip.models.layer_groups import locked_names, unlocked_names
 from convclip.schema import UserError
 from tests.conftest import REPOSITORY
-from tests.engine.small_engine import run_ranks
 from tests.engine.small_run import make_files, weights_of
+from tests.processes import run_ranks
 
 # Three steps an epoch; the image tower's last two groups open before step 4.
 EVENT, STEPS = 3, 6
@@ -118,7 +118,7 @@ def of_two_ranks(files: Path, folder: Path) -> dict[str, Any]:
 def runs(tmp_path_factory):
     """(what the runs gave, their folder)."""
     folder = tmp_path_factory.mktemp("norms")
-    return run_ranks(1, folder / "out.pt", of_one_rank, make_files(folder), folder), folder
+    return run_ranks(1, of_one_rank, make_files(folder), folder), folder
 
 
 @pytest.mark.launch
@@ -148,7 +148,7 @@ def test_frozen_norms_keep_their_statistics_to_the_bit_and_train_their_weights(r
 @pytest.mark.full
 @pytest.mark.launch
 def test_two_ranks_that_accumulate_open_without_a_jump(tmp_path):
-    found = run_ranks(2, tmp_path / "out.pt", of_two_ranks, make_files(tmp_path), tmp_path)
+    found = run_ranks(2, of_two_ranks, make_files(tmp_path), tmp_path)
     assert found["frozen"][EVENT] == pytest.approx(found["locked"][EVENT], abs=1e-7)
     assert found["frozen"][EVENT + 1] != found["locked"][EVENT + 1]
     kept = found["statistics"]
