@@ -24,11 +24,14 @@ def load(
     *,
     recipe: str | Path | Recipe | None = None,
     tokenizer: str | Path | None = None,
+    pretrained: str | Path | None = None,
 ) -> Clip:
     """A trained image-text model, ready to embed images and captions; no DeepSpeed and no process group is needed.
 
     `source`: a run's folder (its `best` checkpoint, else its `latest`), a checkpoint's folder, an export's folder, or
-    a weight file, with `recipe` (a name, a YAML file or a Recipe) saying which model it holds.
+    a weight file, with `recipe` (a name, a YAML file or a Recipe) saying which model it holds. Or `open_clip:NAME`, one
+    of open_clip's convolutional models, with `pretrained`: a tag of that name (where there is a network), a weight
+    file, a folder that holds one, or `hf-hub:owner/name`.
     `device`: as torch writes it (`cpu`, `cuda`, `cuda:1`). None: what DS_ACCELERATOR names, else this machine's
     accelerator, else the CPU.
     `dtype`: what the towers compute in: fp32 (default), bf16 or fp16. Embeddings are float32.
@@ -39,4 +42,4 @@ def load(
     """
     from convclip.clip import load_clip
 
-    return load_clip(source, device, dtype, recipe, tokenizer)
+    return load_clip(source, device, dtype, recipe, tokenizer, pretrained)

@@ -15,11 +15,12 @@ from typing import TypeAlias, TypeVar
 
 import torch
 from PIL import Image
+from pydantic import ValidationError
 from torch import Tensor
 from tqdm import tqdm
 
 from convclip import schema
-from convclip.config import load_recipe
+from convclip.config import first_problem, load_recipe
 from convclip.data.pixels import plain_picture
 from convclip.data.samples import BrokenSample, decode_image
 from convclip.data.tokenizers import TOKENIZER_FILES, Tokenizer, build_tokenizer
@@ -33,6 +34,8 @@ from convclip.models.hf_folder import with_encoder
 from convclip.models.weights import HUB, load_exact
 from convclip.schema import Recipe, UserError
 
+# In place of a file or folder: a model by its name.
+OPEN_CLIP = "open_clip:"
 # Decoding releases Python's lock; more threads than this do not feed a tower faster.
 THREADS = min(8, os.cpu_count() or 1)
 
@@ -160,12 +163,13 @@ def load_clip(
     dtype: str | torch.dtype | None = None,
     recipe: str | Path | Recipe | None = None,
     tokenizer: str | Path | None = None,
+    pretrained: str | Path | None = None,
 ) -> Clip:
     """What `convclip.load` gives; it says what the arguments are. Errors: UserError."""
     place, precision = pick_device(device), _precision(dtype)
     # Building a tower draws random weights: the caller's generators must not move.
     with torch.random.fork_rng(devices=[]):
-        model, config, own = _read(source, recipe)
+        model, config, own = _read(source, recipe, pretrained)
     scale = model.logit_scale.detach().exp().item()
     bias = None if model.logit_bias is None else model.logit_bias.item()
     text = config.text
@@ -177,7 +181,7 @@ def load_clip(
     return Clip(
         model=to_precision(model.requires_grad_(False), precision, place).eval(),
         tokenizer=build_tokenizer(text),
-        transform=EvalTransform(config.image.image_size),
+        transform=EvalTransform(config.image.image_size, config.image.interpolation),
         config=config,
         recipe=own,
         device=place,
@@ -188,9 +192,17 @@ def load_clip(
     )
 
 
-def _read(source: str | Path, recipe: str | Path | Recipe | None) -> tuple[DualTower, schema.Model, Recipe | None]:
+def _read(
+    source: str | Path, recipe: str | Path | Recipe | None, pretrained: str | Path | None
+) -> tuple[DualTower, schema.Model, Recipe | None]:
     """The model that `source` holds, on the CPU in fp32, its configuration, and the recipe where there is one."""
     place = Path(source)
+    if str(source).startswith(OPEN_CLIP):
+        if recipe is not None:
+            raise UserError(f"{source} says itself which model it is: leave recipe= out")
+        return *_released(str(source).removeprefix(OPEN_CLIP), pretrained), None
+    if pretrained is not None:
+        raise UserError(f"pretrained= goes with a source {OPEN_CLIP}NAME; {source} holds its own weights: leave it out")
     is_run = any((place / name).is_file() for name in ("state.json", "best", "latest", "recipe.yaml"))
     is_export = (place / OUR_CONFIG).is_file()
     if (is_run or is_export) and recipe is not None:
@@ -213,6 +225,23 @@ def _read(source: str | Path, recipe: str | Path | Recipe | None) -> tuple[DualT
     model = build_model(own.model)
     load_exact(model, source)
     return model, own.model, own
+
+
+def _released(name: str, pretrained: str | Path | None) -> tuple[DualTower, schema.Model]:
+    """open_clip's model `name` with all of its weights, and its configuration."""
+    source = f"{OPEN_CLIP}{name}"
+    values = {"open_clip": name, "pretrained": None if pretrained is None else str(pretrained)}
+    try:
+        config = schema.Model.model_validate(values)
+    except ValidationError as error:
+        raise UserError(f"{source}: {first_problem(error, schema.Model).removeprefix('recipe: ')}") from None
+    if config.pretrained is None:
+        tags = schema.RELEASED[name].tags if name in schema.RELEASED else ()
+        tag = f"a tag ({', '.join(tags)}), " if tags else ""
+        raise UserError(f"{source} needs its weights: give pretrained={tag}a file, a folder or {HUB}owner/name")
+    model = build_model(config)
+    load_exact(model, config.pretrained)
+    return model, config
 
 
 def _image_text(recipe: Recipe, source: str | Path) -> Recipe:

@@ -14,10 +14,12 @@ from typing import Any
 from pydantic import ValidationError
 
 from convclip.documents import parse_yaml, read_text
-from convclip.schema import Recipe, Section, UserError
+from convclip.schema import Recipe, Section, UserError, stands_for
 
 __all__ = ["Recipe", "UserError", "first_problem", "list_recipes", "load_recipe", "nearest", "one_line", "with_flags"]
 
+# The override that stands for many fields.
+NAMED_MODEL = "model.open_clip"
 RECIPE_FOLDER = Path(__file__).parent / "recipes"
 # Characters of a message: what a user gave is shown up to here.
 LONGEST_LINE = 400
@@ -34,13 +36,16 @@ def load_recipe(name_or_path: str | Path, overrides: Sequence[str] = ()) -> Reci
     Override values are YAML (`optim.lr=5e-4`, `data.train=null`, `freezing.unfreeze.0.epoch=1`). A part is set after
     the section that holds it, in whatever order the two are given; of two for one key the last counts. Errors:
     UserError with one line that names the file or key and, for an unknown one, the nearest known.
+
+    `model.open_clip=NAME` as an override replaces what the file says of all that NAME stands for; other overrides
+    count beside it.
     """
     text, source, name = _read(str(name_or_path))
     values = parse_yaml(text, source)
     if not isinstance(values, dict):
         raise UserError(f"{source}: a recipe is a mapping of keys to values")
     values.setdefault("name", name)
-    for override in sorted(overrides, key=lambda override: override.partition("=")[0].count(".")):
+    for override in sorted(overrides, key=_turn):
         _apply_override(values, override)
     try:
         return Recipe.model_validate(values)
@@ -137,6 +142,12 @@ def _override_value(text: str, override: str) -> Any:
         raise UserError(one_line(f"{error}{hint}") if "'" not in text and '"' not in text else str(error)) from None
 
 
+def _turn(override: str) -> tuple[int, bool]:
+    """When an override is applied: a section before its parts, and the model's name before all that is beside it."""
+    key = override.partition("=")[0]
+    return key.count("."), key != NAMED_MODEL
+
+
 def _apply_override(values: dict[str, Any], override: str) -> None:
     key, sign, text = override.partition("=")
     if not sign or not key:
@@ -160,10 +171,25 @@ def _apply_override(values: dict[str, Any], override: str) -> None:
         _list_item(node, last, override)
         node[int(last)] = value
         return
+    if key == NAMED_MODEL and value is not None:
+        _drop_what_is_named(node, value)
     # The one-word form of a section changes only the fields that it stands for.
     long, before = _long_form(key.split("."), value), _long_form(key.split("."), node.get(last))
     merges = long is not value and isinstance(before, dict)
     node[last] = {**before, **long} if merges else long
+
+
+def _drop_what_is_named(model: dict[str, Any], name: Any) -> None:
+    """Take out of a file's `model` section what the model `name` stands for. Errors: UserError for an unknown name."""
+    try:
+        fields = stands_for(name)
+    except ValueError as error:
+        raise UserError(one_line(f"--set {NAMED_MODEL}: {str(error).removeprefix('open_clip: ')}")) from None
+    for key, value in fields.items():
+        if isinstance(value, dict) and isinstance(model.get(key), dict):
+            model[key] = {field: given for field, given in model[key].items() if field not in (*value, "kind")}
+        else:
+            model.pop(key, None)
 
 
 def _long_form(place: Sequence[str], value: Any) -> Any:

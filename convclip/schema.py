@@ -12,8 +12,9 @@ from typing import Any, Literal
 from pydantic import Field, model_validator
 
 from convclip.documents import dump_yaml
-from convclip.sections.base import MAX_PIXELS, Decay, Part, Positive, Section, UserError, Weight
+from convclip.sections.base import AS_BEFORE, MAX_PIXELS, Decay, Part, Positive, Section, UserError, Weight
 from convclip.sections.model_and_data import Data, Features, ImageTowerConfig, Model, TextTowerConfig, Video
+from convclip.sections.released import RELEASED, model_rows, stands_for
 from convclip.sections.training import (
     BatchConfig,
     Checkpoint,
@@ -27,7 +28,9 @@ from convclip.sections.training import (
 )
 
 __all__ = [
+    "AS_BEFORE",
     "MAX_PIXELS",
+    "RELEASED",
     "TASK_FIELDS",
     "BatchConfig",
     "Checkpoint",
@@ -52,6 +55,8 @@ __all__ = [
     "UserError",
     "Video",
     "Weight",
+    "model_rows",
+    "stands_for",
 ]
 
 TaskName = Literal["image_text", "video"]

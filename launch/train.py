@@ -10,6 +10,7 @@ from pathlib import Path
 
 from convclip.command_line import add_local_rank, add_overrides, run
 from convclip.config import Recipe, UserError, list_recipes, load_recipe, with_flags
+from convclip.schema import model_rows
 
 
 def parse_arguments() -> argparse.Namespace:
@@ -26,6 +27,7 @@ def parse_arguments() -> argparse.Namespace:
     )
     add_overrides(parser)
     parser.add_argument("--list_recipes", action="store_true", help="print the recipes and stop")
+    parser.add_argument("--list_models", action="store_true", help="print the released models and stop")
     parser.add_argument("--plan", action="store_true", help="print what the recipe will do and stop")
     parser.add_argument("--json", action="store_true", help="with --plan: as one JSON object")
     parser.add_argument("--plot", metavar="FILE", help="with --plan: draw the learning rates (.png, .pdf or .svg)")
@@ -49,6 +51,14 @@ def print_recipes() -> None:
     """One line per recipe that comes with the package."""
     for name in list_recipes():
         print(f"{name:<32} {load_recipe(name).description}")
+
+
+def print_models() -> None:
+    """The table of what `model.open_clip` may name, one line per model."""
+    rows = model_rows()
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    for row in rows:
+        print("  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip())
 
 
 def print_plan(recipe: Recipe, ds_config: str | None, as_json: bool, plot: str | None) -> None:
@@ -82,10 +92,13 @@ def train(recipe: Recipe, arguments: argparse.Namespace) -> None:
 
 
 def main(arguments: argparse.Namespace) -> None:
-    """Print the recipes, print a plan, or train."""
+    """Print the recipes, the released models or a plan, or train."""
     check_arguments(arguments)
     if arguments.list_recipes:
         print_recipes()
+        return
+    if arguments.list_models:
+        print_models()
         return
     if arguments.recipe is None:
         raise UserError(f"--recipe is needed, one of: {', '.join(list_recipes())}, or a YAML file")

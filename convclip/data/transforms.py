@@ -7,13 +7,15 @@ The steps are open_clip's (`open_clip.transform.image_transform`): crop and resi
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import numpy as np
 import torch
 from PIL import Image
 from torch.utils.data import default_collate
 
+# schema.ImageTowerConfig.interpolation
+RESAMPLING = {"bicubic": Image.Resampling.BICUBIC, "bilinear": Image.Resampling.BILINEAR}
 CROP_RATIO = (3 / 4, 4 / 3)
 CROP_ATTEMPTS = 10
 # Images longer than this many times their shorter side are cropped before they are resized.
@@ -24,28 +26,31 @@ VIEW = 4
 
 @dataclass(frozen=True)
 class TrainTransform:
-    """Random resized crop, bicubic: `transform(image, generator) -> uint8 [C, S, S]`.
+    """Random resized crop: `transform(image, generator) -> uint8 [C, S, S]`.
 
     The crop box comes from `generator` alone, so that a row's crop depends on nothing but the row.
     """
 
     size: int
     crop_scale: tuple[float, float] = (0.9, 1.0)
+    # Not shown: a feature store's identity has it from the model, and those of 0.1.0 do not have it.
+    interpolation: str = field(default="bicubic", repr=False)
 
     def __call__(self, image: Image.Image, generator: np.random.Generator) -> torch.Tensor:
         left, top, width, height = random_crop_box(image.size, self.crop_scale, generator)
         image = image.crop((left, top, left + width, top + height))
-        return _to_tensor(image.resize((self.size, self.size), Image.Resampling.BICUBIC))
+        return _to_tensor(image.resize((self.size, self.size), RESAMPLING[self.interpolation]))
 
 
 @dataclass(frozen=True)
 class EvalTransform:
-    """Shorter side to S (bicubic), then centre crop: `transform(image) -> uint8 [C, S, S]`.
+    """Shorter side to S, then centre crop: `transform(image) -> uint8 [C, S, S]`.
 
     `generator` is accepted and unused: either transform can be given to a loader.
     """
 
     size: int
+    interpolation: str = field(default="bicubic", repr=False)
 
     def __call__(self, image: Image.Image, generator: np.random.Generator | None = None) -> torch.Tensor:
         image = _without_ends(image)
@@ -56,7 +61,7 @@ class EvalTransform:
         else:
             resized = (int(self.size * width / height), self.size)
         if resized != image.size:
-            image = image.resize(resized, Image.Resampling.BICUBIC)
+            image = image.resize(resized, RESAMPLING[self.interpolation])
         left = round((resized[0] - self.size) / 2)
         top = round((resized[1] - self.size) / 2)
         return _to_tensor(image.crop((left, top, left + self.size, top + self.size)))

@@ -148,7 +148,7 @@ class ImageTextTask:
         loader = TrainLoader(
             recipe.data,
             recipe.batch,
-            TrainTransform(recipe.model.image.image_size, recipe.data.crop_scale),
+            TrainTransform(recipe.model.image.image_size, recipe.data.crop_scale, recipe.model.image.interpolation),
             build_tokenizer(recipe.model.text),
             rank(),
             world_size(),
@@ -192,7 +192,7 @@ class Retrieval:
     """Retrieval between the images and captions of a set."""
 
     def __init__(self, recipe: Recipe, address: str) -> None:
-        transform = EvalTransform(recipe.model.image.image_size)
+        transform = EvalTransform(recipe.model.image.image_size, recipe.model.image.interpolation)
         self.recipe, self._explained = recipe, False
         self.dataset = load_evaluation_set(address, recipe.data, transform, build_tokenizer(recipe.model.text))
 
@@ -222,8 +222,8 @@ class ZeroShot:
 
     def figures(self, encode: Encode, device: torch.device, dtype: torch.dtype) -> dict[str, Any]:
         """As Evaluation."""
-        recipe = self.recipe
-        transform, tokenizer = EvalTransform(recipe.model.image.image_size), build_tokenizer(recipe.model.text)
+        recipe, image = self.recipe, self.recipe.model.image
+        transform, tokenizer = EvalTransform(image.image_size, image.interpolation), build_tokenizer(recipe.model.text)
         encoder = _encoder(recipe, encode, device, dtype)
         return zero_shot_accuracy(encoder, self.classes, transform, tokenizer, recipe.data.max_image_pixels)
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Collection
 from typing import Any
 
-from open_clip.transformer import TextTransformer
+from open_clip.transformer import QuickGELU, TextTransformer
 from torch import Tensor, nn
 
 from convclip import schema
@@ -16,7 +16,10 @@ TOP_LEVEL_NAMES = ("text_projection", "positional_embedding", "token_embedding."
 
 
 class ClipText(TextTower, TextTransformer):
-    """Causal, for captions of any length up to the context's. CLIP's projection is locked with it: it has no head."""
+    """For captions of any length up to the context's. CLIP's projection is locked with it: it has no head.
+
+    Causal, or without any mask (`causal: false`): then every token attends to the padding too, as in open_clip.
+    """
 
     # Of open_clip's class, which has no types.
     token_embedding: nn.Embedding
@@ -24,11 +27,12 @@ class ClipText(TextTower, TextTransformer):
     transformer: nn.Module
     ln_final: nn.LayerNorm
     text_projection: nn.Parameter
-    attn_mask: Tensor
+    attn_mask: Tensor | None
 
     @classmethod
     def build(cls, config: schema.TextTowerConfig, embed_dim: int) -> ClipText:
         """Random weights."""
+        quick_gelu = config.activation == "quick_gelu"
         tower = cls(
             context_length=config.context_length,
             vocab_size=config.vocab_size,
@@ -36,7 +40,10 @@ class ClipText(TextTower, TextTransformer):
             heads=config.heads,
             layers=config.layers,
             output_dim=embed_dim,
+            no_causal_mask=not config.causal,
+            act_layer=QuickGELU if quick_gelu else nn.GELU,
         )
+        tower.reads_padding, tower.quick_gelu = not config.causal, quick_gelu
         tower.embed_dim = embed_dim
         return tower
 
@@ -57,8 +64,9 @@ class ClipText(TextTower, TextTransformer):
         return blocks
 
     def run_block(self, block: nn.Module, hidden: Tensor, ends: Tensor) -> Tensor:
-        """One causal block: [B, T, C] -> [B, T, C]."""
-        return block(hidden, attn_mask=self.attn_mask[: hidden.shape[1], : hidden.shape[1]])
+        """One block: [B, T, C] -> [B, T, C]."""
+        length, mask = hidden.shape[1], self.attn_mask
+        return block(hidden, attn_mask=None if mask is None else mask[:length, :length])
 
     def finish(self, hidden: Tensor) -> Tensor:
         """The final norm and CLIP's projection: [B, C] -> embeddings [B, D]."""
@@ -76,6 +84,8 @@ class ClipText(TextTower, TextTransformer):
         """open_clip's `text_cfg`."""
         names = ("context_length", "vocab_size", "width", "heads", "layers")
         sizes: dict[str, Any] = {name: getattr(config.text, name) for name in names}
+        if not config.text.causal:
+            sizes["no_causal_mask"] = True
         if config.text.tokenizer != "open_clip":
             sizes["hf_tokenizer_name"] = config.text.tokenizer
         return sizes

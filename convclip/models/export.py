@@ -28,6 +28,8 @@ from convclip.models.weights import CHECKSUMS, CONFIG_FILE, load_exact, metadata
 from convclip.schema import UserError
 
 OUR_CONFIG = "convclip_model.json"
+# Key of open_clip's model_cfg that makes a CustomTextCLIP.
+CUSTOM_TEXT = "custom_text"
 # Key of the weights' metadata: what of the configuration decides on the output.
 MODEL = "model"
 # Fields that name files, which may lie elsewhere later.
@@ -56,6 +58,7 @@ def export_open_clip(model: DualTower, config: schema.Model, folder: str | Path)
     config = with_encoder(config)
     theirs = open_clip_config(model, config)
     tensors = {name: value.detach().cpu().contiguous() for name, value in model.state_dict().items()}
+    built = _as_built(config)
     files = {OUR_CONFIG: config.model_dump(mode="json")}
     note, copied = "", []
     if config.text.config is not None:
@@ -63,7 +66,7 @@ def export_open_clip(model: DualTower, config: schema.Model, folder: str | Path)
         note = "" if copied else "the text encoder's tokenizer is gone from its place: copy its files into the folder"
     if theirs is not None:
         files[CONFIG_FILE] = theirs
-        tensors = _open_clip_tensors(tensors, theirs["model_cfg"], config.text.config)
+        tensors = _open_clip_tensors(model, tensors, theirs["model_cfg"], config.text.config)
         if config.text.config is not None:
             place = str(folder.absolute())
             theirs["model_cfg"]["text_cfg"] |= {"hf_model_name": place, "hf_tokenizer_name": place}
@@ -80,7 +83,7 @@ def export_open_clip(model: DualTower, config: schema.Model, folder: str | Path)
         only = f"open_clip has no {towers}: exported as safetensors, for convclip only"
         note = f"{note}; {only}" if note else only
     weights = "model.safetensors" if theirs is None else "open_clip_model.safetensors"
-    _write(folder, files, tensors, weights, copied)
+    _write(folder, files, tensors, built, weights, copied)
     return Export(folder, theirs is not None, note)
 
 
@@ -95,16 +98,17 @@ def load_export(folder: str | Path) -> tuple[DualTower, schema.Model]:
     load_exact(model, folder)
     # Exports of 0.1.0 do not say it.
     built = metadata_of(folder).get(MODEL)
-    if built not in (None, _as_built(config.model_dump(mode="json"))):
+    if built not in (None, _as_built(config)):
         raise UserError(f"{path} was changed, its weights were exported with {built}: put it back, or export again")
     return model.eval(), config
 
 
-def _as_built(config: dict[str, Any]) -> str:
+def _as_built(config: schema.Model) -> str:
     """What of a configuration decides on a model's output, as JSON: all but the places of files."""
+    values = config.model_dump(mode="json", context=schema.AS_BEFORE)
     without_places = {
         key: {k: v for k, v in value.items() if k not in PLACES} if isinstance(value, dict) else value
-        for key, value in config.items()
+        for key, value in values.items()
         if key not in PLACES
     }
     return json.dumps(without_places, sort_keys=True)
@@ -117,30 +121,41 @@ def open_clip_config(model: DualTower, config: schema.Model) -> dict[str, Any] |
         return None
     image = config.image
     preprocess: dict[str, Any] = {"mean": list(image.mean), "std": list(image.std)}
-    preprocess |= {"interpolation": "bicubic", "resize_mode": "shortest"}
-    model_cfg = {"embed_dim": config.embed_dim, "vision_cfg": vision, "text_cfg": text_cfg}
+    preprocess |= {"interpolation": image.interpolation, "resize_mode": "shortest"}
+    model_cfg: dict[str, Any] = {"embed_dim": config.embed_dim, "vision_cfg": vision, "text_cfg": text_cfg}
+    if config.text.activation == "quick_gelu":
+        model_cfg["quick_gelu"] = True
+    # As open_clip's own configurations: without a causal mask the text tower is one module.
+    if not config.text.causal:
+        model_cfg[CUSTOM_TEXT] = True
     if config.init_logit_bias is not None:
         model_cfg["init_logit_bias"] = config.init_logit_bias
     return {"model_cfg": model_cfg, "preprocess_cfg": preprocess}
 
 
 def _open_clip_tensors(
-    tensors: dict[str, Tensor], model_cfg: dict[str, Any], encoder: dict[str, Any] | None
+    model: DualTower, tensors: dict[str, Tensor], model_cfg: dict[str, Any], encoder: dict[str, Any] | None
 ) -> dict[str, Tensor]:
-    """Tensors under the names of open_clip's CLIP, or with a Hugging Face `encoder` of its CustomTextCLIP, checked
-    against the model it will build.
+    """Tensors under the names of open_clip's CLIP or CustomTextCLIP, checked against the model it will build.
+
+    `encoder`: the configuration of a Hugging Face text encoder.
     """
-    renamed = {name.removeprefix("text.") if encoder is None else name: value for name, value in tensors.items()}
+    custom = model_cfg.get(CUSTOM_TEXT, False) or encoder is not None
+    text = "text." if custom else ""
+    renamed = {}
+    for name, value in tensors.items():
+        part, _, own = name.partition(".")
+        name = f"visual.{model.visual.exported_name(own)}" if part == "visual" else name
+        renamed[f"{text}{model.text.exported_name(own)}" if part == "text" else name] = value
     renamed |= {name: renamed[name].reshape(()) for name in ("logit_scale", "logit_bias") if name in renamed}
     refusal = "open_clip builds this backbone differently, so it cannot be exported to it:"
+    sizes = {key: value for key, value in model_cfg.items() if key != CUSTOM_TEXT}
     try:
         with torch.device("meta"), tempfile.TemporaryDirectory() as place:
-            if encoder is None:
-                theirs = CLIP(**model_cfg).state_dict()
-            else:
+            if encoder is not None:
                 (Path(place) / CONFIG).write_text(json.dumps(encoder), encoding="utf-8")
-                text_cfg = {**model_cfg["text_cfg"], "hf_model_name": place}
-                theirs = CustomTextCLIP(**{**model_cfg, "text_cfg": text_cfg}).state_dict()
+                sizes["text_cfg"] = {**sizes["text_cfg"], "hf_model_name": place}
+            theirs = (CustomTextCLIP if custom else CLIP)(**sizes).state_dict()
     except (AssertionError, RuntimeError, TypeError) as error:
         raise UserError(f"{refusal} {type(error).__name__} {error}".strip()) from None
     wrong = sorted(theirs.keys() ^ renamed.keys())
@@ -151,7 +166,12 @@ def _open_clip_tensors(
 
 
 def _write(
-    folder: Path, files: dict[str, dict[str, Any]], tensors: dict[str, Tensor], weights: str, copied: list[Path]
+    folder: Path,
+    files: dict[str, dict[str, Any]],
+    tensors: dict[str, Tensor],
+    built: str,
+    weights: str,
+    copied: list[Path],
 ) -> None:
     try:
         with whole_folder(folder) as part:
@@ -160,6 +180,6 @@ def _write(
             for path in copied:
                 shutil.copyfile(path, part / path.name)
             metadata = {"format": "pt", CHECKSUMS: json.dumps({name: checksum(t) for name, t in tensors.items()})}
-            save_file(tensors, part / weights, metadata={**metadata, MODEL: _as_built(files[OUR_CONFIG])})
+            save_file(tensors, part / weights, metadata={**metadata, MODEL: built})
     except SafetensorError as error:
         raise UserError(f"{folder} cannot be written: {str(error).splitlines()[0]}") from None

@@ -45,7 +45,11 @@ class Teacher(nn.Module):
                 f"or teacher.model to local-dir:FOLDER or hf-hub:owner/name"
             )
         try:
-            self.model = open_clip.create_model(config.model, pretrained=config.pretrained)
+            release = open_clip.get_pretrained_cfg(config.model, config.pretrained or "")
+            # By itself open_clip only warns where a release was trained with QuickGELU and its name does not say it.
+            self.model = open_clip.create_model(
+                config.model, pretrained=config.pretrained, force_quick_gelu=release.get("quick_gelu", False)
+            )
             self.tokenizer: Callable[[list[str]], Tensor] = open_clip.get_tokenizer(config.model)
         except Exception as error:  # open_clip raises whatever the name, the network or the file leads it to
             raise UserError(f"teacher {config.model} cannot be loaded: {' '.join(str(error).split())[:300]}") from None

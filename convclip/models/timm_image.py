@@ -1,6 +1,7 @@
-"""timm's convolutional backbones with one of three heads, under the names of open_clip's TimmModel.
+"""timm's convolutional backbones with one of five heads, under the names of open_clip's TimmModel.
 
-Parameters are `trunk.*` and `head.*`, so weights travel both ways unchanged.
+Parameters are `trunk.*` and `head.*`, so weights travel both ways unchanged. Only the trunk's own classifier has
+another name, `head.fc`: a head is never locked, the trunk is.
 Shapes: B batch, C channels and H.W size of a feature map, D embed.
 """
 
@@ -18,6 +19,7 @@ from torch import Tensor, nn
 from convclip import schema
 from convclip.models.attention_pool import TIMM_HEAD_WIDTH, AttentionPool
 from convclip.models.efficientnet_names import BACKBONES, MARK, timm_names
+from convclip.models.image_heads import CLASSIFIER, MLP, OWN, classifiers_of, mlp_head, own_head
 from convclip.models.timm_units import TrunkUnits, timm_groups, trunk_units
 from convclip.models.tower import ImageTower, Layer, Unit, names_under
 
@@ -26,6 +28,8 @@ _OPEN_CLIP_HEADS = {
     "attention_pool": ("abs_attn", ""),
     "attention_pool_linear": ("abs_attn", "linear"),
     "average_linear": ("", "linear"),
+    MLP: ("", "mlp"),
+    OWN: ("avg", None),
 }
 
 
@@ -52,7 +56,7 @@ class TimmImage(ImageTower):
         """Random weights. Errors: UserError when the backbone is unknown or has no feature map for the head."""
         super().__init__()
         self.trunk = build_trunk(config)
-        self.head = _build_head(self.trunk, config.head, embed_dim)
+        self.head = _build_head(self.trunk, config, embed_dim)
         self._groups = timm_groups(self.trunk)
         self._found = _watched(config)
 
@@ -95,13 +99,12 @@ class TimmImage(ImageTower):
 
         Of an open_clip checkpoint the head is left out where it is of another kind.
         """
+        classifiers = classifiers_of(self.trunk)
         part = names_under("visual.", names)
         if part:
+            part = {name: _as_head(own, classifiers) for name, own in part.items()}
             same_head = _head_parts(part.values()) == _head_parts(name for name, _ in self.named_parameters())
             return {name: own for name, own in part.items() if same_head or not own.startswith("head.")}
-        classifier = _as_timm(self.trunk).default_cfg.get("classifier") or ()
-        heads = (classifier,) if isinstance(classifier, str) else tuple(classifier)
-        classifiers = tuple(f"{head}." for head in heads)
         timms = self._timm_names(names)
         return {name: f"trunk.{timm}" for name, timm in timms.items() if not timm.startswith(classifiers)}
 
@@ -124,6 +127,11 @@ class TimmImage(ImageTower):
                 "where there is no network, name a downloaded file"
             ) from None
 
+    def exported_name(self, name: str) -> str:
+        """open_clip has the trunk's own classifier in the trunk."""
+        own = f"head.{CLASSIFIER}."
+        return f"trunk.{classifiers_of(self.trunk)[0]}{name.removeprefix(own)}" if name.startswith(own) else name
+
     def open_clip_config(self, config: schema.Model) -> dict[str, Any] | None:
         """open_clip's `vision_cfg` for its TimmModel; None for an attention pool of a width that it has none for."""
         image = config.image
@@ -144,7 +152,7 @@ def build_trunk(config: schema.ImageTowerConfig, pretrained: bool = False) -> nn
     output is no map [B, C, H, W].
     """
     options: dict = {"num_classes": 0, "pretrained": pretrained}
-    if config.head != "average_linear":
+    if config.head.startswith("attention_pool"):
         options["global_pool"] = ""
     if config.drop_path:
         options["drop_path_rate"] = config.drop_path
@@ -171,9 +179,13 @@ def _watched(config: schema.ImageTowerConfig) -> TrunkUnits:
     return trunk_units(trunk, timm_groups(trunk), config.image_size)
 
 
-def _build_head(trunk: nn.Module, kind: str, embed_dim: int) -> nn.Sequential:
-    about = _as_timm(trunk)
+def _build_head(trunk: nn.Module, config: schema.ImageTowerConfig, embed_dim: int) -> nn.Sequential:
+    about, kind = _as_timm(trunk), config.head
     width = _width(trunk)
+    if kind == MLP:
+        return mlp_head(width, embed_dim)
+    if kind == OWN:
+        return own_head(trunk, config.backbone, width, embed_dim)
     head = nn.Sequential()
     if kind != "average_linear":
         # The position table has timm's map size for the backbone, as open_clip's, whatever the image size: the pool
@@ -194,5 +206,13 @@ def _as_timm(trunk: nn.Module) -> _Trunk:
 
 
 def _head_parts(names: Iterable[str]) -> set[str]:
-    """The head's modules: pool, proj, mlp."""
+    """The head's modules: pool, proj, mlp, fc."""
     return {name.split(".")[1] for name in names if name.startswith("head.")}
+
+
+def _as_head(name: str, classifiers: tuple[str, ...]) -> str:
+    """The name here of a tensor that open_clip has in the trunk's classifier; others as they are."""
+    for classifier in classifiers:
+        if name.startswith(f"trunk.{classifier}"):
+            return f"head.{CLASSIFIER}.{name.removeprefix(f'trunk.{classifier}')}"
+    return name

@@ -51,6 +51,10 @@ class Tower(nn.Module):
         """The names in a file of released weights -> ours. Left out: what is no weight of this tower."""
         raise NotImplementedError
 
+    def exported_name(self, name: str) -> str:
+        """The name that open_clip has for a parameter or buffer of this tower, where it is not the same."""
+        return name
+
     def open_clip_config(self, config: schema.Model) -> dict[str, Any] | None:
         """Its part of open_clip's `model_cfg` (vision_cfg or text_cfg); None where open_clip has no such tower."""
         return None
@@ -149,9 +153,14 @@ class TextTower(Tower):
     """A text tower: its layer groups are the embeddings, then one for each block.
 
     What follows the last block and locks with it (`finish`) is in the last block's group. Batches are cut to their
-    longest caption, so nothing that stands after a caption's end token may reach its embedding.
+    longest caption, so nothing that stands after a caption's end token may reach its embedding, unless the tower says
+    that it `reads_padding`.
     """
 
+    # Whether what stands after the end token changes the embedding; then captions keep all of their columns.
+    reads_padding: bool = False
+    # Whether its activation is QuickGELU; None: it has no such choice.
+    quick_gelu: bool | None = None
     # D, kept because ZeRO-3 leaves parameters without a shape.
     embed_dim: int
 
@@ -200,7 +209,7 @@ class TextTower(Tower):
             if stop == 0:
                 return texts
             ends = self.ends(texts)
-            hidden = self.embed(cut_to_longest(texts, ends))
+            hidden = self.embed(texts if self.reads_padding else cut_to_longest(texts, ends))
         else:
             hidden, ends = texts
         blocks = self.blocks()

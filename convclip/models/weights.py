@@ -8,7 +8,7 @@ left-over or misshapen tensor is a UserError that names it. Only a logit bias an
 from __future__ import annotations
 
 import json
-import zipfile
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -25,6 +25,15 @@ from convclip.models.clip_text import TOP_LEVEL_NAMES
 from convclip.models.dual_tower import DualTower
 from convclip.models.hf_folder import weight_files
 from convclip.models.tower import Tower
+from convclip.models.weight_files import (
+    CONFIG_FILE,
+    INDEX,
+    compare_checksums,
+    named_parts,
+    parts_of,
+    refuse_other_activation,
+    refuse_torchscript,
+)
 from convclip.schema import UserError
 
 HUB = "hf-hub:"
@@ -32,14 +41,11 @@ HUB = "hf-hub:"
 TIMM = "timm"
 # Names under which weights lie in a folder or Hub repository, best first.
 WEIGHT_FILES = ("open_clip_model.safetensors", "open_clip_pytorch_model.bin", "model.safetensors", "pytorch_model.bin")
-CONFIG_FILE = "open_clip_config.json"
+INDEX_FILES = tuple(f"{name}{INDEX}" for name in ("open_clip_model", "model"))
 # Key of a safetensors file's metadata: JSON of a CRC-32 for each tensor.
 CHECKSUMS = "checksums"
 
 _NOT_WEIGHTS = ("attn_mask", "text.attn_mask", "input_resolution", "context_length", "vocab_size")
-
-# Bytes read at a time where only their checksum is wanted.
-_BLOCK = 2**22
 
 Tensors = dict[str, Tensor]
 
@@ -59,17 +65,17 @@ def load_pretrained(model: DualTower, config: schema.Model) -> LoadReport:
     """
     found: Tensors = {}
     if config.pretrained:
-        found |= _fitting(model, _both_towers(model, read_weights(config.pretrained)), "", config.pretrained)
+        found |= _fitting(model, _both_towers(model, _read_for(model, config.pretrained)), "", config.pretrained)
     if config.image.pretrained:
         source = config.image.pretrained
         raw = model.visual.timm_weights(config.image) if source == TIMM else read_weights(source)
         found |= _fitting(model, _one_tower("visual.", model.visual, raw), "visual.", source)
     if config.text.pretrained:
         source = config.text.pretrained
-        found |= _fitting(model, _one_tower("text.", model.text, read_weights(source)), "text.", source)
+        found |= _fitting(model, _one_tower("text.", model.text, _read_for(model, source)), "text.", source)
     elif config.text.model and not config.pretrained:
         source = config.text.model
-        found |= _fitting(model, _one_tower("text.", model.text, _in_parts(source)), "text.", source)
+        found |= _fitting(model, _one_tower("text.", model.text, _from_parts(weight_files(source))), "text.", source)
     _copy(model, found)
     return LoadReport(new=[name for name in model.state_dict() if name not in found], loaded=len(found))
 
@@ -79,26 +85,42 @@ def load_exact(model: DualTower, source: str | Path) -> int:
 
     Errors: UserError as `load_pretrained`, and for another head too.
     """
-    tensors = _fitting(model, open_clip_names(read_weights(str(source))), "", str(source), whole=True)
+    raw = _ours(model, open_clip_names(_read_for(model, str(source))))
+    tensors = _fitting(model, raw, "", str(source), whole=True)
     _copy(model, tensors)
     return len(tensors)
 
 
 def read_weights(source: str) -> Tensors:
-    """Tensors of a .safetensors or torch file, a folder that holds one, or `hf-hub:owner/name`, on the CPU.
+    """Tensors of a .safetensors or torch file, of an index of several (`*.safetensors.index.json`), a folder that holds
+    one, or `hf-hub:owner/name`, on the CPU.
 
     A training checkpoint's `state_dict` is unwrapped, and DistributedDataParallel's `module.` dropped. Errors:
-    UserError when there is no such file, it is damaged, holds more than tensors, or was trained with QuickGELU.
+    UserError when there is no such file, it is damaged, or holds more than tensors.
     """
+    return _tensors_of(_weight_file(source))
+
+
+def _read_for(model: DualTower, source: str) -> Tensors:
+    """`read_weights`, for a model whose text tower they are for. Errors: UserError for another activation too."""
     path = _weight_file(source)
-    _refuse_quick_gelu(path)
+    tensors = _tensors_of(path)
+    if model.text.quick_gelu is not None:
+        refuse_other_activation(path, tensors, model.text.quick_gelu)
+    return tensors
+
+
+def _tensors_of(path: Path) -> Tensors:
+    if path.name.endswith(INDEX):
+        return _from_parts(parts_of(path))
+    refuse_torchscript(path)
     try:
         content = (
             _load_safetensors(path)
             if path.suffix == ".safetensors"
             else torch.load(path, map_location="cpu", weights_only=True)
         )
-        _compare_checksums(path)
+        compare_checksums(path)
     except Exception as error:  # the readers raise whatever the damaged bytes lead them to
         if "weights only" in str(error).lower().replace("_", " "):
             raise UserError(f"{path}: holds more than tensors, so it is not loaded: save its state_dict") from None
@@ -111,28 +133,16 @@ def read_weights(source: str) -> Tensors:
     return {name.removeprefix("module."): tensor for name, tensor in content.items()}
 
 
-def _in_parts(place: str) -> Tensors:
-    """The weights of a Hugging Face folder or hub name, in one file or several."""
+def _from_parts(parts: Mapping[Path, list[str]]) -> Tensors:
+    """All tensors of files, each with the names of those that it must hold. Errors: UserError where it does not."""
     tensors: Tensors = {}
-    for path, names in weight_files(place).items():
-        part = read_weights(str(path))
-        lost = [name for name in names if name not in part]
+    for path, names in parts.items():
+        held = _tensors_of(path)
+        lost = [name for name in names if name.removeprefix("module.") not in held]
         if lost:
             raise UserError(f"{path}: lacks {_some(lost)}, which the index beside it says it holds: copy both again")
-        tensors |= part
+        tensors |= held
     return tensors
-
-
-def _compare_checksums(path: Path) -> None:
-    """BadZipFile where a torch file's bytes differ from the checksums in it, which torch.load does not look at."""
-    if path.suffix == ".safetensors" or not zipfile.is_zipfile(path):
-        return
-    with zipfile.ZipFile(path) as archive:
-        # torch can be told to leave the checksums out: they are 0 then.
-        for record in (record for record in archive.infolist() if record.CRC):
-            with archive.open(record) as file:
-                while file.read(_BLOCK):
-                    pass
 
 
 def _check_tensors(path: Path, content: dict[Any, Tensor]) -> None:
@@ -183,7 +193,14 @@ def _both_towers(model: DualTower, raw: Tensors) -> Tensors:
     """open_clip tensors under our names; without what the image tower has no use for, a head of another kind."""
     tensors = open_clip_names(raw)
     taken = model.visual.released_names(tensors)
-    return {name: value for name, value in tensors.items() if not name.startswith("visual.") or name in taken}
+    return _ours(model, {n: value for n, value in tensors.items() if not n.startswith("visual.") or n in taken})
+
+
+def _ours(model: DualTower, tensors: Tensors) -> Tensors:
+    """The names of the image tower's tensors here, where open_clip has others."""
+    images = [name for name in tensors if name.startswith("visual.")]
+    named = {name: f"visual.{own}" for name, own in model.visual.released_names(images).items()} if images else {}
+    return {named.get(name, name): value for name, value in tensors.items()}
 
 
 def _one_tower(part: str, tower: Tower, raw: Tensors) -> Tensors:
@@ -230,12 +247,14 @@ def _weight_file(source: str) -> Path:
         return _from_hub(source)
     path = Path(source)
     if path.is_dir():
-        held = [path / name for name in WEIGHT_FILES if (path / name).is_file()]
+        held = [path / name for name in (*WEIGHT_FILES, *INDEX_FILES) if (path / name).is_file()]
         if not held:
             raise UserError(f"{path}: the folder holds none of {', '.join(WEIGHT_FILES)}")
         return held[0]
     if not path.is_file():
-        raise UserError(f"{source}: no such weight file; give a path, a folder, or {HUB}owner/name")
+        raise UserError(
+            f"{source}: no such weight file; give a path, a folder, {HUB}owner/name, or a tag of model.open_clip"
+        )
     return path
 
 
@@ -243,9 +262,11 @@ def _from_hub(source: str) -> Path:
     """The weight file of `hf-hub:owner/name`, downloaded once; its open_clip config comes along where there is one."""
     repository = source.removeprefix(HUB).strip("/")
     offline = False
-    for name in WEIGHT_FILES:
+    for name in (*WEIGHT_FILES, *INDEX_FILES):
         try:
             path = Path(hf_hub_download(repository, name))
+            for part in named_parts(path) if name.endswith(INDEX) else ():
+                hf_hub_download(repository, part)
             if name.startswith("open_clip"):
                 hf_hub_download(repository, CONFIG_FILE)
             return path
@@ -258,19 +279,6 @@ def _from_hub(source: str) -> Path:
     if offline:
         raise UserError(f"{source}: not downloaded before and no network now; name a downloaded file instead")
     raise UserError(f"{source}: the repository holds none of {', '.join(WEIGHT_FILES)}")
-
-
-def _refuse_quick_gelu(path: Path) -> None:
-    """The text tower has the exact GELU; weights trained with the quick one would load and be quietly wrong."""
-    config = path.parent / CONFIG_FILE
-    if not config.is_file() or not path.name.startswith("open_clip"):
-        return
-    try:
-        quick = json.loads(config.read_text(encoding="utf-8-sig"))["model_cfg"].get("quick_gelu", False)
-    except (ValueError, KeyError, TypeError, AttributeError):
-        raise UserError(f"{config}: no valid open_clip configuration; repair it, or move the weights away") from None
-    if quick:
-        raise UserError(f"{path}: trained with QuickGELU, which convclip's text tower does not have")
 
 
 def _some(names: list[str]) -> str:

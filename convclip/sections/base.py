@@ -2,9 +2,17 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, ClassVar, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import (
+    BaseModel,
+    ConfigDict,
+    Field,
+    SerializationInfo,
+    SerializerFunctionWrapHandler,
+    model_serializer,
+    model_validator,
+)
 
 # Characters of a message to a user.
 LONGEST_MESSAGE = 600
@@ -37,12 +45,18 @@ Count = Annotated[int, Field(gt=0, le=10**9)]
 Steps = Annotated[int, Field(ge=0, le=10**12)]
 Part = Literal["image", "text", "temporal", "aggregation", "logit_scale", "logit_bias"]
 
+# As the context of a dump that is compared with one of an earlier release: without `Section.later` at their defaults.
+AS_BEFORE = {"later": "left out"}
+
 
 class Section(BaseModel):
     """A part of a recipe: unknown keys are refused, types are strict, and values cannot change after loading.
 
     Strict: `true` is no number, "3" no integer and 1 no boolean. A list is what YAML and JSON have for a tuple.
     """
+
+    # Fields that 0.1.0 did not have; their defaults mean what it did.
+    later: ClassVar[tuple[str, ...]] = ()
 
     model_config = ConfigDict(extra="forbid", frozen=True, populate_by_name=True, allow_inf_nan=False, strict=True)
 
@@ -57,3 +71,14 @@ class Section(BaseModel):
     def long_form(cls, values: Any) -> Any:
         """A section that can be written in short, as one word, in its long form."""
         return values
+
+    @model_serializer(mode="wrap")
+    def _written(self, handler: SerializerFunctionWrapHandler, info: SerializationInfo) -> dict[str, Any]:
+        values: dict[str, Any] = handler(self)
+        left_out = self._left_out(info.context == AS_BEFORE)
+        return {name: value for name, value in values.items() if name not in left_out}
+
+    def _left_out(self, as_before: bool) -> tuple[str, ...]:
+        """Fields that a dump does not have."""
+        fields = type(self).model_fields
+        return tuple(name for name in self.later if getattr(self, name) == fields[name].default) if as_before else ()

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import math
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
-from pydantic import Field, SerializerFunctionWrapHandler, field_validator, model_serializer, model_validator
+from pydantic import Field, field_validator, model_validator
 
 from convclip.sections.base import MAX_PIXELS, Count, Depth, Positive, Section, Weight, Width
+from convclip.sections.released import filled_in
 
 
 class ImageTowerConfig(Section):
@@ -16,11 +17,13 @@ class ImageTowerConfig(Section):
     `attention_pool`: timm AttentionPool2d straight to the embedding width (open_clip's `abs_attn`).
     `attention_pool_linear`: the same, then a linear projection without bias.
     `average_linear`: average pool, norm, linear projection (open_clip's pretrained convnext_base_w).
+    `mlp`: the same with two linear layers and a GELU between them (convnext_large_d).
+    `none`: the backbone's own average pool and classifier, as wide as the embedding (MobileCLIP).
     open_clip's ResNets (RN50, RN101, …) have an attention pool of their own and take `attention_pool` only.
     """
 
     backbone: str = "convnextv2_tiny"
-    head: Literal["attention_pool", "attention_pool_linear", "average_linear"] = "attention_pool"
+    head: Literal["attention_pool", "attention_pool_linear", "average_linear", "mlp", "none"] = "attention_pool"
     # Pixels of a side. The backbones halve an image five times.
     image_size: int = Field(224, ge=32, le=4096)
     drop_path: float = Field(0.0, ge=0, lt=1)
@@ -28,6 +31,10 @@ class ImageTowerConfig(Section):
     pretrained: str | None = None
     mean: tuple[float, float, float] = (0.48145466, 0.4578275, 0.40821073)
     std: tuple[Positive, Positive, Positive] = (0.26862954, 0.26130258, 0.27577711)
+    # How images are resized.
+    interpolation: Literal["bicubic", "bilinear"] = "bicubic"
+
+    later: ClassVar[tuple[str, ...]] = ("interpolation",)
 
 
 # The released sizes of each kind of text tower, where they differ from the fields' defaults.
@@ -56,6 +63,10 @@ class TextTowerConfig(Section):
     # `open_clip` is its byte-pair tokenizer, `model` that of `model`; anything else a Hugging Face tokenizer's folder
     # or name.
     tokenizer: str = "open_clip"
+    # Of `clip`: QuickGELU is x * sigmoid(1.702 x), which OpenAI trained with.
+    activation: Literal["gelu", "quick_gelu"] = "gelu"
+    # Of `clip`: false lets every token attend to every other, the padding to the context's length too (MobileCLIP).
+    causal: bool = True
     # Kind hf: a folder of config.json, tokenizer and weights, or a name on the Hugging Face hub. Without one, `config`
     # says what to build, with random weights.
     model: str | None = Field(None, min_length=1)
@@ -65,6 +76,8 @@ class TextTowerConfig(Section):
     # width -> (width + embed_dim) / 2 -> embed_dim, GELU between; both are without bias.
     pool: Literal["mean", "cls", "last", "max"] = "mean"
     projection: Literal["linear", "mlp", "none"] = "mlp"
+
+    later: ClassVar[tuple[str, ...]] = ("activation", "causal")
 
     @model_validator(mode="before")
     @classmethod
@@ -94,24 +107,25 @@ class TextTowerConfig(Section):
                 raise ValueError("kind hf needs `model`: a folder of config.json, tokenizer and weights, or a hub name")
             if self.model is None and self.tokenizer == "model":
                 raise ValueError("`tokenizer` is that of `model`, which is not set: set either")
-            return self
-        for name in HF_FIELDS:
-            if getattr(self, name) != type(self).model_fields[name].default:
-                raise ValueError(f"`{name}` goes with kind hf, this is kind {self.kind}: remove it")
+        for kind, names in (("hf", HF_FIELDS), ("clip", ("activation", "causal"))):
+            for name in names if self.kind != kind else ():
+                if getattr(self, name) != type(self).model_fields[name].default:
+                    raise ValueError(f"`{name}` goes with kind {kind}, this is kind {self.kind}: remove it")
         return self
 
-    @model_serializer(mode="wrap")
-    def _without_fields_of_hf(self, values: SerializerFunctionWrapHandler) -> dict[str, Any]:
+    def _left_out(self, as_before: bool) -> tuple[str, ...]:
         """Only kind hf names its fields: what older recipes, exports and feature stores say of other kinds stays."""
-        written: dict[str, Any] = values(self)
-        if self.kind == "hf":
-            return written
-        return {name: value for name, value in written.items() if name not in HF_FIELDS}
+        return (*super()._left_out(as_before), *(() if self.kind == "hf" else HF_FIELDS))
 
 
 class Model(Section):
-    """The dual tower. `pretrained` names one open_clip checkpoint that holds both towers."""
+    """The dual tower. `pretrained` names one open_clip checkpoint that holds both towers.
 
+    `open_clip` names one of open_clip's models: it gives every field of the towers that the recipe does not, and
+    `pretrained` may then be one of its tags. Both are filled in when the recipe loads, and are not stored.
+    """
+
+    open_clip: str | None = Field(None, exclude=True)
     embed_dim: Width = 512
     image: ImageTowerConfig = ImageTowerConfig()
     text: TextTowerConfig = TextTowerConfig()
@@ -120,6 +134,12 @@ class Model(Section):
     init_logit_scale: float = Field(math.log(1 / 0.07), ge=-20, le=20)
     # The sigmoid loss's bias; SigLIP starts it at -10, and init_logit_scale at ln 10 = 2.303. None: the model has none.
     init_logit_bias: float | None = None
+
+    @model_validator(mode="before")
+    @classmethod
+    def _of_open_clip(cls, values: Any) -> Any:
+        named = isinstance(values, dict) and values.get("open_clip") is not None
+        return filled_in(values) if named else values
 
 
 class Data(Section):

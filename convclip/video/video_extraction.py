@@ -26,7 +26,7 @@ from convclip.features.reader import state_dict_sha256
 from convclip.features.writer import FeatureWriter
 from convclip.files import sha256_of
 from convclip.models.batch_norm import to_precision
-from convclip.schema import Recipe, UserError
+from convclip.schema import AS_BEFORE, Recipe, UserError
 from convclip.video.clip_loader import VideoEvaluationSet, load_video_set
 from convclip.video.msrvtt import tokenize_captions
 from convclip.video.student import VideoStudent
@@ -105,7 +105,7 @@ def towers_identity(recipe: Recipe, work: TowersWork, dtype: torch.dtype) -> dic
     weights = {name: p for name, p in work.model.state_dict().items() if name.startswith(tuple(parts))}
     return {
         "kind": "video towers",
-        "model": recipe.model.model_dump_json(exclude=WITHOUT_FILES),
+        "model": recipe.model.model_dump_json(exclude=WITHOUT_FILES, context=AS_BEFORE),
         "weights_sha256": state_dict_sha256(weights),
         "frames_stored": work.frames,
         "text_stored": work.text,

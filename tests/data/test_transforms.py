@@ -49,6 +49,19 @@ def test_eval_equals_open_clip_bit_for_bit(mode, size):
     assert torch.equal(ours, theirs)
 
 
+@pytest.mark.parametrize("size", [(97, 61), (40, 131), (20, 9)])
+def test_bilinear_pixels_are_open_clips_and_torchvisions(size):
+    image, bicubic, bilinear = _picture(*size), EvalTransform(32), EvalTransform(32, "bilinear")
+    theirs = image_transform_v2(PreprocessCfg(size=32, interpolation="bilinear"), is_train=False)(image)
+    assert torch.equal(normalize(bilinear(image)[None], TOWER.mean, TOWER.std)[0], theirs)
+    left, top, width, height = random_crop_box(size, (0.3, 1.0), np.random.default_rng(7))
+    cropped = F.resized_crop(image, top, left, height, width, [32, 32], InterpolationMode.BILINEAR)
+    ours = TrainTransform(32, (0.3, 1.0), "bilinear")(image, np.random.default_rng(7))
+    assert torch.equal(ours, F.pil_to_tensor(cropped)) and not torch.equal(bicubic(image), bilinear(image))
+    # Stores of 0.1.0 have this text in their identity.
+    assert f"{bilinear}" == f"{bicubic}" == "EvalTransform(size=32)"
+
+
 @pytest.mark.parametrize("size", [(640, 480), (200, 20), (20, 200)])
 def test_crop_boxes_are_distributed_as_torchvisions(size):
     """Means and spreads of area share, ratio and place over 2,000 draws each."""

@@ -84,9 +84,9 @@ def test_the_recipe_is_filled_from_the_folder_and_then_needs_it_no_more(bert, tm
 
 
 def test_other_kinds_are_written_as_before():
-    assert set(schema.Model().model_dump()["text"]) == {
-        *("kind", "width", "heads", "layers", "context_length", "vocab_size", "pretrained", "tokenizer")
-    }
+    before = {"kind", "width", "heads", "layers", "context_length", "vocab_size", "pretrained", "tokenizer"}
+    assert set(schema.Model().model_dump(context=schema.AS_BEFORE)["text"]) == before
+    assert set(schema.Model().model_dump()["text"]) == {*before, "activation", "causal"}
 
 
 def test_sizes_that_contradict_the_folder_are_refused(bert):

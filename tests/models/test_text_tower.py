@@ -42,6 +42,29 @@ def test_clip_text_is_open_clips(lengths):
     torch.testing.assert_close(ours(captions(lengths)), theirs.encode_text(captions(lengths)), atol=1e-6, rtol=1e-5)
 
 
+@pytest.mark.parametrize("options", [{"activation": "quick_gelu"}, {"causal": False}], ids=["QuickGELU", "no mask"])
+@pytest.mark.parametrize("custom", [False, True], ids=["CLIP", "CustomTextCLIP"])
+def test_other_clip_texts_are_open_clips(options, custom):
+    """Without a causal mask open_clip lets tokens attend to the padding, so short captions keep their columns."""
+    config = CLIP.model_copy(update=options)
+    ours = tower(config).eval()
+    sizes = {"width": 32, "heads": 4, "layers": 3, "vocab_size": 100, "context_length": 20}
+    sizes["no_causal_mask"] = not config.causal
+    kind = open_clip.model.CustomTextCLIP if custom else open_clip.model.CLIP
+    theirs = kind(24, {"timm_model_name": "test_convnext"}, sizes, quick_gelu="activation" in options).eval()
+    prefix = "text." if custom else ""
+    _, unexpected = theirs.load_state_dict({f"{prefix}{n}": t for n, t in ours.state_dict().items()}, strict=False)
+    assert not unexpected
+    for lengths in [(5, 11, 2), (20, 1, 7), (3, 4, 5)]:
+        expected = theirs.encode_text(captions(lengths))
+        torch.testing.assert_close(ours(captions(lengths)), expected, atol=1e-6, rtol=1e-5)
+        for cut in range(1, 5):
+            torch.testing.assert_close(ours(ours(captions(lengths), stop=cut), cut), expected, atol=1e-6, rtol=1e-5)
+    plain = tower(CLIP).eval()
+    plain.load_state_dict(ours.state_dict())
+    assert (plain(captions()) - ours(captions())).abs().max() > 1e-4
+
+
 @pytest.mark.parametrize("padding", [0, 99])
 def test_gpt2_is_transformers_gpt2_pooled_at_the_first_end_token(padding):
     ours = tower(GPT2).eval()

@@ -19,7 +19,7 @@ from convclip.features.reader import state_dict_sha256
 from convclip.models.dual_tower import Cut, DualTower
 from convclip.models.layer_groups import frozen_cut, layer_groups
 from convclip.models.teacher import weights_sha256
-from convclip.schema import Recipe, UserError
+from convclip.schema import AS_BEFORE, Recipe, UserError
 
 # What --plan takes an image to have, where the data are not known.
 CAPTIONS_PER_IMAGE = 5
@@ -83,10 +83,12 @@ def frozen_work(model: DualTower, recipe: Recipe, stages: list[Stage]) -> Frozen
 
 def recipe_views(recipe: Recipe) -> Views | None:
     """The fixed views of `recipe`'s images, or None where every row has a crop of its own."""
-    count, size = recipe.features.view_count, recipe.model.image.image_size
+    count, image = recipe.features.view_count, recipe.model.image
     if count is None:
         return None
-    return Views(count, recipe.seed, TrainTransform(size, recipe.data.crop_scale), EvalTransform(size))
+    size, interpolation = image.image_size, image.interpolation
+    train = TrainTransform(size, recipe.data.crop_scale, interpolation)
+    return Views(count, recipe.seed, train, EvalTransform(size, interpolation))
 
 
 def store_identity(
@@ -100,7 +102,7 @@ def store_identity(
     if views is None:
         raise UserError("features.views is not set: say how many views of each image to store, 1 for the centre crop")
     identity: dict[str, Any] = {
-        "model": recipe.model.model_dump_json(exclude=WITHOUT_FILES),
+        "model": recipe.model.model_dump_json(exclude=WITHOUT_FILES, context=AS_BEFORE),
         "boundary": work.boundary,
         "text": work.text,
         "precision": PRECISION_NAMES[dtype],
