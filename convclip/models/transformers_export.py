@@ -55,7 +55,11 @@ def export_transformers(model: DualTower, config: schema.Model, folder: str | Pa
     expected = {name: value.shape for name, value in theirs.state_dict().items()}
     wrong = sorted(expected.items() ^ {name: value.shape for name, value in tensors.items()}.items())
     if wrong:
-        raise UserError(f"transformers builds this model differently ({wrong[0][0]}): use --format open_clip")
+        # Names of 5.0's CLIPTextModel were others.
+        raise UserError(
+            f"this transformers builds the model differently ({wrong[0][0]}): pip install -U transformers, or use "
+            "--format open_clip"
+        )
     own_tokenizer = config.text.tokenizer == "open_clip"
     theirs.config.architectures = [type(theirs).__name__]
     card = _card(model, config, folder, about, own_tokenizer)

@@ -1,6 +1,7 @@
 """Exports to ONNX: onnxruntime embeds the same, whatever the batch; what is missing or wrong is one line."""
 
 import importlib.util
+import os
 
 import pytest
 import torch
@@ -67,6 +68,7 @@ def test_onnxruntime_embeds_the_same_for_any_batch_and_length(onnxruntime, tmp_p
 
 
 @pytest.mark.full
+@pytest.mark.skipif("CONVCLIP_FULL" not in os.environ, reason="make test-full runs it")
 @pytest.mark.parametrize(
     ("backbone", "head"),
     [
@@ -90,6 +92,18 @@ def test_every_kind_of_image_tower(onnxruntime, tmp_path, backbone, head):
 
 
 @pytest.mark.full
+@pytest.mark.skipif("CONVCLIP_FULL" not in os.environ, reason="make test-full runs it")
+def test_weights_too_large_for_one_file_stand_beside_it(onnxruntime, tmp_path, monkeypatch):
+    monkeypatch.setattr(onnx_export, "_MAX_INSIDE", 0)
+    model, config = model_of()
+    export_onnx(model, config, tmp_path / "export")
+    assert {"image.onnx.data", "text.onnx.data"} <= {path.name for path in (tmp_path / "export").iterdir()}
+    (tmp_path / "export").rename(tmp_path / "moved")
+    agree(onnxruntime, tmp_path / "moved", model, pictures(2), [tokens_of(2, 20)])
+
+
+@pytest.mark.full
+@pytest.mark.skipif("CONVCLIP_FULL" not in os.environ, reason="make test-full runs it")
 @pytest.mark.parametrize("kind", ["bert", "roberta", "distilbert", "mpnet", "modernbert", "t5", "gpt2"])
 def test_every_family_of_hugging_face_text(onnxruntime, tmp_path, kind):
     write_encoder(tmp_path / kind, kind)

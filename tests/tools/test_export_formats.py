@@ -137,6 +137,7 @@ def test_a_text_tower_that_transformers_cannot_hold_is_refused_before_weights_ar
     (tmp_path / "bert.yaml").write_text(dump_yaml(recipe))
     command = ["--checkpoint", str(tmp_path / "none.safetensors"), "--recipe", str(tmp_path / "bert.yaml")]
     out = tmp_path / "out"
+    capsys.readouterr()
     assert export.main([*command, "--output_dir", str(out), "--format", "transformers"]) == 2
     error = capsys.readouterr().err
     assert "cannot hold text of kind hf" in error and "use --format open_clip or --format onnx" in error
