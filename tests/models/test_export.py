@@ -122,7 +122,11 @@ def test_an_export_may_name_another_place_of_its_tokenizer(tmp_path):
 def test_gpt2_is_safetensors_only_and_says_so(tmp_path):
     done = export_open_clip(build(config("gpt2")), config("gpt2"), tmp_path / "export")
     assert not done.for_open_clip and "safetensors" in done.note
-    assert sorted(path.name for path in done.folder.iterdir()) == ["convclip_model.json", "model.safetensors"]
+    assert sorted(path.name for path in done.folder.iterdir()) == [
+        "README.md",
+        "convclip_model.json",
+        "model.safetensors",
+    ]
     with pytest.raises(FileNotFoundError, match="config file missing"):
         open_clip.create_model_and_transforms(f"local-dir:{done.folder}")
 
