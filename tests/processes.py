@@ -10,6 +10,7 @@ from __future__ import annotations
 import atexit
 import contextlib
 import functools
+import gc
 import os
 import random
 import runpy
@@ -139,6 +140,8 @@ def _keep_result(rank: int, folder: Path, work: Callable[..., Any], arguments: t
 def _train_rank(rank: int, given: Mapping[str, str], target: Callable[..., Any], arguments: tuple) -> Any:
     os.environ.update(given, RANK=str(rank), LOCAL_RANK=str(rank))
     torch.set_num_threads(1)
+    # What is imported by now stays: DeepSpeed collects garbage at each start of stage 3, half a second otherwise.
+    gc.freeze()
     from convclip.engine.zero.launcher import start_processes
 
     start_processes()
@@ -167,6 +170,7 @@ def _script(script: str, arguments: tuple[str, ...], given: Mapping[str, str], s
     os.environ.clear()
     os.environ.update(given)
     os.chdir(REPOSITORY)
+    gc.freeze()
     sys.argv = [script, *arguments]
     sys.path.insert(0, str(REPOSITORY / Path(script).parent))
     try:

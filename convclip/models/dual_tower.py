@@ -60,8 +60,7 @@ class DualTower(nn.Module):
 
     # Whether locking a tower locks its head too; here heads are new and always train.
     locks_heads = False
-    # Towers (image, text) whose layers' batch norms keep their running statistics in training too.
-    still_norms: tuple[str, ...] = ()
+    _still_norms: tuple[str, ...] = ()
 
     def __init__(self, config: schema.Model):
         super().__init__()
@@ -135,15 +134,19 @@ class DualTower(nn.Module):
         """As nn.Module, except that a module none of whose parameters is trainable stays in eval mode.
 
         So a locked part has no dropout or drop path and its batch norms use, and keep, their running statistics, as do
-        all of a tower in `still_norms`. Call it again after changing either, or `requires_grad`.
+        those of `keep_norms`. Call it again after changing either, or `requires_grad`.
         """
         super().train(mode)
         if mode:
             _rest_frozen(self)
-            for tower in self.still_norms:
+            for tower in self._still_norms:
                 for norm in self.tower_norms(tower):
                     norm.eval()
         return self
+
+    def keep_norms(self, towers: tuple[str, ...]) -> None:
+        """Batch norms of these towers' layers (image, text) keep their running statistics in training from now on."""
+        self._still_norms = towers
 
     def tower_norms(self, tower: str) -> list[nn.Module]:
         """The batch norms with running statistics of a tower (image or text), without its head's."""

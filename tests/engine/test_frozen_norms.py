@@ -200,7 +200,7 @@ def small_model(**options: Any) -> DualTower:
     recipe = load_recipe("demo", [f"{key}={json.dumps(value)}" for key, value in given.items()])
     torch.manual_seed(0)
     model = build_model(recipe.model)
-    model.still_norms = recipe.freezing.still_norms
+    model.keep_norms(recipe.freezing.still_norms)
     return model
 
 

@@ -78,8 +78,9 @@ def files(tmp_path_factory):
 
 @pytest.mark.parametrize("world", [1, 2])
 def test_resuming_at_an_event_changes_nothing(files, tmp_path, world):
-    found = run_ranks(world, resume_everywhere, str(files), str(tmp_path), SAMPLE, [3])
-    assert len(found) == len(WAYS)
+    cases = SAMPLE[::world]
+    found = run_ranks(world, resume_everywhere, str(files), str(tmp_path), cases, [3])
+    assert len(found) == len(cases)
     assert not any(found.values()), {key: wrong for key, wrong in found.items() if wrong}
 
 

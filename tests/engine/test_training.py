@@ -106,7 +106,7 @@ def test_a_run_with_the_sigmoid_loss(files, tmp_path):
 
 
 def worlds_in_stages(files, folder, stages):
-    return {stage: train_here(files, f"{folder}/{stage}", stage, ("max_steps=20",))["steps"] for stage in stages}
+    return {stage: train_here(files, f"{folder}/{stage}", stage, ("max_steps=14",))["steps"] for stage in stages}
 
 
 def test_two_ranks_equal_one_with_the_same_global_batch(files, tmp_path):

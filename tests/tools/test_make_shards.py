@@ -16,6 +16,7 @@ from PIL import Image
 
 from convclip.schema import UserError
 from convclip.video.frame_store import FrameStore
+from tests.processes import run_script
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 COUNT = 12
@@ -270,11 +271,11 @@ def test_videos_become_a_frame_store(tmp_path):
     for name, seconds in (("video1", 3), ("video2", 15)):
         write_video(tmp_path / "videos" / f"{name}.mp4", range(seconds))
     (tmp_path / "split.csv").write_text("key,video_id\nret0,video1\nret1,video2\nret2,video1\n")
-    script = [sys.executable, REPOSITORY / "tools" / "make_shards.py", "--kind", "video", "--workers", 1]
-    script += ["--videos", tmp_path / "videos", "--split_csv", tmp_path / "split.csv", "--output_dir", tmp_path / "out"]
+    options = ["--kind", "video", "--workers", 1, "--videos", tmp_path / "videos", "--output_dir", tmp_path / "out"]
+    options += ["--split_csv", tmp_path / "split.csv"]
 
     def call(*more: object) -> subprocess.CompletedProcess:
-        return subprocess.run(list(map(str, [*script, *more])), capture_output=True, text=True, check=False)
+        return run_script("tools/make_shards.py", *map(str, [*options, *more]))
 
     first, second = call(), call()
     assert "frames of 2 videos (0 were there), 0 skipped" in first.stdout, first.stderr

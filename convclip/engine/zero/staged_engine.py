@@ -60,7 +60,7 @@ class StagedEngine:
         self.starts = [stage.start(steps_per_epoch) for stage in self.stages]
         self.event_starts = event_starts(self.stages, steps_per_epoch)
         self.stage = 0
-        model.still_norms = recipe.freezing.still_norms
+        model.keep_norms(recipe.freezing.still_norms)
         self._model = model
 
     @property
