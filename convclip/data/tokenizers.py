@@ -160,7 +160,9 @@ def _from_folder(name: str, key: str) -> Any:
         where = f"folder {name} holds no readable tokenizer"
         if not os.path.isdir(name):
             where = f"{name!r} is no folder, is not in the Hugging Face cache and cannot be downloaded"
-        raise schema.UserError(f"model.text.{key}: {where}: give a folder that holds {files}") from None
+        raise schema.UserError(
+            f"model.text.{key}: {where}: give a folder that holds {files}, as in --set model.text.tokenizer=FOLDER"
+        ) from None
     if loader is GPT2TokenizerFast:
         _check_merges(name, tokenizer)
     # Cutting to the context length is ours; without this, transformers warns about every long caption.

@@ -167,9 +167,11 @@ def _open_clip_tensors(
     except (AssertionError, RuntimeError, TypeError) as error:
         raise UserError(f"{refusal} {type(error).__name__} {error}".strip()) from None
     wrong = sorted(theirs.keys() ^ renamed.keys())
-    wrong += sorted(name for name in theirs.keys() & renamed.keys() if theirs[name].shape != renamed[name].shape)
+    for name in sorted(theirs.keys() & renamed.keys()):
+        here, there = tuple(renamed[name].shape), tuple(theirs[name].shape)
+        wrong += [f"{name} is {here} here and {there} there"] if here != there else []
     if wrong:
-        raise UserError(f"{refusal} {wrong[0]}")
+        raise UserError(f"{refusal} {wrong[0]}; --format onnx of tools/export.py takes it")
     return renamed
 
 

@@ -91,6 +91,12 @@ def export_onnx(model: DualTower, config: schema.Model, folder: str | Path, abou
     refuse_without_packages()
     folder, config = Path(folder), with_encoder(config)
     refuse_in_use(folder)
+    tokenizer = tokenizer_files(config.text) if config.text.config is not None else []
+    if config.text.config is not None and not tokenizer:
+        raise UserError(
+            f"the tokenizer of {config.text.model} is gone from its place, and text.onnx is of no use without: "
+            "say where it is with --set model.text.tokenizer=FOLDER"
+        )
     said = []
     with whole_folder(folder) as part:
         for graph in tqdm(_graphs(model.eval().float(), config), desc="exporting to ONNX", unit="tower"):
@@ -104,7 +110,7 @@ def export_onnx(model: DualTower, config: schema.Model, folder: str | Path, abou
                 )
             sizes = " and ".join(str(size) for size in CHECKED)
             said.append(f"{graph.file} equals torch within {difference:.1e} for batches of {sizes}")
-        for path in tokenizer_files(config.text) if config.text.config is not None else []:
+        for path in tokenizer:
             shutil.copyfile(path, part / path.name)
         (part / CARD).write_text(_card(model, config, folder, about), encoding="utf-8")
     return said

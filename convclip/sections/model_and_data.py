@@ -70,7 +70,8 @@ class TextTowerConfig(Section):
     # Kind hf: a folder of config.json, tokenizer and weights, or a name on the Hugging Face hub. Without one, `config`
     # says what to build, with random weights.
     model: str | None = Field(None, min_length=1)
-    # Kind hf: config.json of `model`. A run reads it when it starts and keeps it, so that it needs the folder no more.
+    # Kind hf: config.json of `model`. A run reads it when it starts and keeps it: of a folder that has moved since only
+    # the tokenizer is needed, by `tokenizer`.
     config: dict[str, Any] | None = None
     # Kind hf: what becomes of the last hidden states, and the way from the encoder's width to `embed_dim`. `mlp` is
     # width -> (width + embed_dim) / 2 -> embed_dim, GELU between; both are without bias.

@@ -8,6 +8,7 @@ import torch
 
 from convclip import schema
 from convclip.models import build_model, onnx_export
+from convclip.models.hf_folder import with_encoder
 from convclip.models.onnx_export import PACKAGES, export_onnx
 from tests.models.hf_folders import captions, text_section, write_encoder
 
@@ -138,3 +139,15 @@ def test_its_checks_have_captions_of_every_length():
     ends = tokens.argmax(dim=1)
     assert len(set(ends.tolist())) == 3 and torch.equal(tokens[torch.arange(3), ends], torch.full((3,), 99))
     assert torch.equal((tokens == 0).sum(dim=1), 19 - ends)
+
+
+def test_a_text_encoder_whose_tokenizer_is_gone_is_refused_before_the_work(tmp_path, monkeypatch):
+    monkeypatch.setattr(onnx_export, "refuse_without_packages", lambda: None)
+    write_encoder(tmp_path / "bert", "bert")
+    model, config = model_of(text_section(tmp_path / "bert"))
+    # As a run stores it.
+    config = with_encoder(config)
+    (tmp_path / "bert").rename(tmp_path / "moved")
+    with pytest.raises(schema.UserError, match=r"tokenizer of .*bert is gone .*--set model.text.tokenizer=FOLDER"):
+        export_onnx(model, config, tmp_path / "export")
+    assert not (tmp_path / "export").exists()
