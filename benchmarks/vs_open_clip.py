@@ -164,8 +164,7 @@ def run(command: list[str], cwd: Path, step: re.Pattern[str], setting: Setting) 
     child = subprocess.Popen(command, cwd=cwd, env=env, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
     captured: list[str] = []
     tail: collections.deque[str] = collections.deque(maxlen=25)
-    started, workers = 0.0, 0.0
-    figures: Figures | None = None
+    started, workers, figures = 0.0, 0.0, None
     assert child.stdout is not None
     for line in child.stdout:
         tail.append(line)

@@ -60,6 +60,7 @@ class DualTower(nn.Module):
 
     # Whether locking a tower locks its head too; here heads are new and always train.
     locks_heads = False
+    # What `keep_norms` was last told.
     _still_norms: tuple[str, ...] = ()
 
     def __init__(self, config: schema.Model):
