@@ -16,6 +16,15 @@ settings.register_profile("convclip", deadline=None, derandomize=True)
 settings.load_profile("convclip")
 
 REPOSITORY = Path(__file__).resolve().parent.parent
+# `make test-full`: everything marked `full`, and every cell of the tables that `make test` takes a choice of.
+FULL = "CONVCLIP_FULL" in os.environ
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    if not FULL:
+        for item in items:
+            if item.get_closest_marker("full"):
+                item.add_marker(pytest.mark.skip(reason="make test-full runs it"))
 
 
 @pytest.fixture(scope="session")

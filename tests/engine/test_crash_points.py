@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import shutil
 from pathlib import Path
 from typing import Any
@@ -80,7 +79,6 @@ def test_a_kill_at_a_file_operation_changes_nothing(files, tmp_path):
 
 
 @pytest.mark.full
-@pytest.mark.skipif("CONVCLIP_FULL" not in os.environ, reason="make test-full runs all of them")
 def test_a_kill_at_any_file_operation_changes_nothing(files, tmp_path):
     found = run_ranks(1, kill_everywhere, str(files), str(tmp_path), 2, None)
     print(f"{found['operations']} operations, {found['points']} different states of the folder")

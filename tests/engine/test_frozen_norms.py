@@ -4,7 +4,6 @@ the log where an event raises the loss."""
 from __future__ import annotations
 
 import json
-import os
 from pathlib import Path
 from typing import Any
 
@@ -147,7 +146,6 @@ def test_frozen_norms_keep_their_statistics_to_the_bit_and_train_their_weights(r
 
 
 @pytest.mark.full
-@pytest.mark.skipif("CONVCLIP_FULL" not in os.environ, reason="make test-full runs it")
 @pytest.mark.launch
 def test_two_ranks_that_accumulate_open_without_a_jump(tmp_path):
     found = run_ranks(2, of_two_ranks, make_files(tmp_path), tmp_path)

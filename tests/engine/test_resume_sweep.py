@@ -85,7 +85,6 @@ def test_resuming_at_an_event_changes_nothing(files, tmp_path, world):
 
 
 @pytest.mark.full
-@pytest.mark.skipif("CONVCLIP_FULL" not in os.environ, reason="make test-full runs all of them")
 @pytest.mark.parametrize("world", [1, 2])
 def test_resuming_anywhere_changes_nothing(files, tmp_path, world):
     found = run_ranks(world, resume_everywhere, str(files), str(tmp_path), EVERYTHING, [1, 2, 3, 4, 5, 6])

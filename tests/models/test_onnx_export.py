@@ -1,7 +1,6 @@
 """Exports to ONNX: onnxruntime embeds the same, whatever the batch; what is missing or wrong is one line."""
 
 import importlib.util
-import os
 
 import pytest
 import torch
@@ -69,7 +68,6 @@ def test_onnxruntime_embeds_the_same_for_any_batch_and_length(onnxruntime, tmp_p
 
 
 @pytest.mark.full
-@pytest.mark.skipif("CONVCLIP_FULL" not in os.environ, reason="make test-full runs it")
 @pytest.mark.parametrize(
     ("backbone", "head"),
     [
@@ -93,7 +91,6 @@ def test_every_kind_of_image_tower(onnxruntime, tmp_path, backbone, head):
 
 
 @pytest.mark.full
-@pytest.mark.skipif("CONVCLIP_FULL" not in os.environ, reason="make test-full runs it")
 def test_weights_too_large_for_one_file_stand_beside_it(onnxruntime, tmp_path, monkeypatch):
     monkeypatch.setattr(onnx_export, "_MAX_INSIDE", 0)
     model, config = model_of()
@@ -104,7 +101,6 @@ def test_weights_too_large_for_one_file_stand_beside_it(onnxruntime, tmp_path, m
 
 
 @pytest.mark.full
-@pytest.mark.skipif("CONVCLIP_FULL" not in os.environ, reason="make test-full runs it")
 @pytest.mark.parametrize("kind", ["bert", "roberta", "distilbert", "mpnet", "modernbert", "t5", "gpt2"])
 def test_every_family_of_hugging_face_text(onnxruntime, tmp_path, kind):
     write_encoder(tmp_path / kind, kind)

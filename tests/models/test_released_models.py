@@ -7,7 +7,6 @@ is exported.
 from __future__ import annotations
 
 import json
-import os
 import shutil
 
 import numpy
@@ -26,8 +25,7 @@ from convclip.models.export import export_open_clip, open_clip_config
 
 # QuickGELU, and the trunk's own head with text without a causal mask; test_export.py has the other heads, smaller.
 QUICK = ("RN50-quickgelu", "MobileCLIP2-S0")
-FULL = (pytest.mark.full, pytest.mark.skipif("CONVCLIP_FULL" not in os.environ, reason="make test-full runs all"))
-NAMES = [pytest.param(name, marks=() if name in QUICK else FULL) for name in schema.RELEASED]
+NAMES = [pytest.param(name, marks=() if name in QUICK else pytest.mark.full) for name in schema.RELEASED]
 CAPTIONS = ["a dog", "two men in red shirts ride their bicycles along a river", "x " * 100]
 
 

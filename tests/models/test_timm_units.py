@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from typing import Any
 
 import pytest
@@ -116,7 +115,6 @@ def test_every_cut_of_a_family_is_the_whole(backbone):
 
 
 @pytest.mark.full
-@pytest.mark.skipif("CONVCLIP_FULL" not in os.environ, reason="make test-full runs it")
 @pytest.mark.parametrize("backbone", MORE)
 def test_every_cut_of_more_members_is_the_whole(backbone):
     check_family(backbone, *MORE[backbone])

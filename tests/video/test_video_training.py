@@ -122,16 +122,16 @@ def test_a_locked_run_reads_no_frame_and_runs_no_tower(files, found, tmp_path):
     assert bare == pytest.approx(values["filled"], rel=1e-6)
 
 
-def train_variants(files, folder):
+def train_variants(files, folder, stages):
     """Two micro batches in a step, ZeRO 0, 2 and 3; and a frozen run from a store that these ranks fill."""
-    for stage in (0, 2, 3):
+    for stage in stages:
         train_here(str(files), f"{folder}/{stage}", (), stage)
     train_here(str(files), f"{folder}/filled", (LOCKED, "features=fill"))
 
 
 def test_two_ranks_equal_one(files, tmp_path):
-    for world in (1, 2):
-        run_ranks(world, train_variants, files, str(tmp_path / f"world{world}"))
+    for world, stages in ((1, [0]), (2, [0, 2, 3])):
+        run_ranks(world, train_variants, files, str(tmp_path / f"world{world}"), stages)
     for name in ("0", "2", "3", "filled"):
         reference = weights_of(tmp_path / "world1" / ("filled" if name == "filled" else "0"))
         found = weights_of(tmp_path / "world2" / name)
