@@ -22,6 +22,7 @@ from convclip.features.layout import ArraySpec, estimate
 from convclip.features.reader import FeatureStore
 from convclip.features.writer import FeatureWriter
 from convclip.schema import UserError
+from tests.conftest import FULL
 from tests.features.extraction import ARRAYS, IDENTITY, ITEMS, committed, die_at_call, extract, features, in_child
 
 TOTAL = sum(len(ids) for ids in ITEMS.values())
@@ -62,7 +63,7 @@ def computed(log: Path) -> list[tuple[str, str]]:
 def test_kill_at_every_write_sync_and_rename(tmp_path: Path, uninterrupted: Path, world: int) -> None:
     status, number, path, log = -signal.SIGKILL, 0, tmp_path / "features.h5", tmp_path / "log"
     while status == -signal.SIGKILL:
-        number += 1 if world == 1 else 3
+        number += 1 if FULL else 3
         shutil.rmtree(tmp_path)
         tmp_path.mkdir()
 

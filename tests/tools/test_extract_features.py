@@ -17,6 +17,7 @@ import torch
 
 from convclip.features.reader import FeatureStore
 from convclip.features.writer import FeatureWriter
+from tests.conftest import FULL
 from tests.engine.stored.frozen_run import call_script, make_frozen_files, make_recipe, overrides
 from tests.features.extraction import die_at_call
 from tests.processes import forked, free_port, launch, run
@@ -24,7 +25,7 @@ from tests.processes import forked, free_port, launch, run
 pytestmark = pytest.mark.launch
 
 LOCKED = {"lock": ["image", "text"], "unfreeze": []}
-KILLS = 6
+KILLS = 6 if FULL else 3
 
 
 @pytest.fixture(scope="module")
