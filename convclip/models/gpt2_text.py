@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from convclip import schema
-from convclip.models.tower import Layer, TextTower, names_under
+from convclip.models.tower import Layer, TextTower, mlp_projection, names_under
 
 # GPT-2's released position table; longer contexts do not load from it.
 GPT2_POSITIONS = 1024
@@ -24,7 +24,7 @@ _MASKS = (".attn.bias", ".attn.masked_bias")
 
 
 class Gpt2Text(TextTower):
-    """Causal; the projection is width -> (width + D) / 2 -> D without bias, GELU between.
+    """Causal; the projection is `mlp_projection`.
 
     GPT-2's dropout (0.1) is kept. Padding needs no mask: what follows the end token cannot reach it.
     """
@@ -44,10 +44,7 @@ class Gpt2Text(TextTower):
         self.transformer = GPT2Model(
             GPT2Config(vocab_size=config.vocab_size, n_positions=positions, bos_token_id=end, eos_token_id=end, **sizes)
         )
-        hidden = (config.width + embed_dim) // 2
-        self.proj = nn.Sequential(
-            nn.Linear(config.width, hidden, bias=False), nn.GELU(), nn.Linear(hidden, embed_dim, bias=False)
-        )
+        self.proj = mlp_projection(config.width, embed_dim)
 
     @classmethod
     def build(cls, config: schema.TextTowerConfig, embed_dim: int) -> Gpt2Text:

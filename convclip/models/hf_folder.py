@@ -16,6 +16,7 @@ from huggingface_hub.errors import LocalEntryNotFoundError, RemoteEntryNotFoundE
 from convclip import schema
 from convclip.config import nearest
 from convclip.models.hf_families import FAMILIES
+from convclip.models.weight_files import named_parts
 from convclip.schema import UserError
 
 CONFIG = "config.json"
@@ -118,7 +119,7 @@ def weight_files(place: str) -> dict[Path, list[str]]:
             continue
         if not name.endswith(INDEX):
             return {path: []}
-        named = indexed_files(path)
+        named = named_parts(path, (".safetensors", ".bin"))
         parts = {part: _file(place, part) for part in named}
         missing = [part for part, found in parts.items() if found is None]
         if missing:
@@ -137,19 +138,6 @@ def tokenizer_files(text: schema.TextTowerConfig) -> list[Path]:
     except UserError:
         return []
     return [path for path in found if path is not None]
-
-
-def indexed_files(index: Path) -> dict[str, list[str]]:
-    """The files that an index of sharded weights names -> the tensors in each. Errors: UserError."""
-    weights = _read_json(index).get("weight_map")
-    if not isinstance(weights, dict) or not weights:
-        raise UserError(f"{index}: no index of weights, it has no weight_map: copy it again")
-    files: dict[str, list[str]] = {}
-    for tensor, file in weights.items():
-        if not isinstance(file, str) or file != Path(file).name or file in ("", ".."):
-            raise UserError(f"{index}: {file!r} is no file name: copy it again")
-        files.setdefault(file, []).append(tensor)
-    return files
 
 
 def _file(place: str, name: str) -> Path | None:

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from convclip import schema
 from convclip.models.hf_families import CONSTANTS, FAMILIES, RENAMED, Family
 from convclip.models.hf_folder import encoder_config, encoder_place, with_encoder
-from convclip.models.tower import Layer, TextTower, names_under, parameters_of
+from convclip.models.tower import Layer, TextTower, mlp_projection, names_under, parameters_of
 from convclip.schema import UserError
 
 # Encoders that open_clip 3.3 builds, and its names of our pooling; its max pooling takes the padding alone.
@@ -216,10 +216,7 @@ def _projection(config: schema.TextTowerConfig, embed_dim: int) -> nn.Module:
         return nn.Identity()
     if config.projection == "linear":
         return nn.Linear(config.width, embed_dim, bias=False)
-    hidden = (config.width + embed_dim) // 2
-    return nn.Sequential(
-        nn.Linear(config.width, hidden, bias=False), nn.GELU(), nn.Linear(hidden, embed_dim, bias=False)
-    )
+    return mlp_projection(config.width, embed_dim)
 
 
 def _check_positions(sizes: Any, family: Family, context_length: int, place: str) -> None:

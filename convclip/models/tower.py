@@ -244,6 +244,12 @@ def parameters_of(layer: Layer) -> Iterator[nn.Parameter]:
             yield from part.parameters()
 
 
+def mlp_projection(width: int, embed_dim: int) -> nn.Sequential:
+    """open_clip's `hf_proj_type: mlp`: [B, C] -> [B, D] by way of (C + D) / 2, GELU between, without bias."""
+    hidden = (width + embed_dim) // 2
+    return nn.Sequential(nn.Linear(width, hidden, bias=False), nn.GELU(), nn.Linear(hidden, embed_dim, bias=False))
+
+
 def names_under(part: str, names: Collection[str]) -> dict[str, str]:
     """Those of `names` that begin with `part` -> the same without it: one tower's share of a whole checkpoint."""
     return {name: name.removeprefix(part) for name in names if name.startswith(part)}

@@ -21,7 +21,7 @@ OPENAI_NUMBERS = {"input_resolution", "context_length", "vocab_size"}
 QUICK_GELU_RELEASE = re.compile(r"rn(50|101)-quickgelu-", re.IGNORECASE)
 
 
-def named_parts(index: Path) -> dict[str, list[str]]:
+def named_parts(index: Path, endings: tuple[str, ...] = (".safetensors",)) -> dict[str, list[str]]:
     """The files that an index names, beside it, and the tensors that each must hold. Errors: UserError."""
     try:
         if index.stat().st_size > MAX_INDEX_BYTES:
@@ -35,8 +35,9 @@ def named_parts(index: Path) -> dict[str, list[str]]:
     for name, part in weight_map.items():
         parts.setdefault(part, []).append(name)
     for part in parts:
-        if Path(part).name != part or not part.endswith(".safetensors"):
-            raise UserError(f"{index}: names {part[:80]!r}, which is no .safetensors file beside it: copy it again")
+        if Path(part).name != part or not part.endswith(endings):
+            kind = " or ".join(endings)
+            raise UserError(f"{index}: names {part[:80]!r}, which is no {kind} file beside it: copy it again")
     return parts
 
 

@@ -260,7 +260,10 @@ def test_weights_in_parts(bert, ending):
     first, second = parts
     index.write_text(json.dumps({"weight_map": {**weight_map, "bert.x": first}}))
     assert f"{first}: lacks bert.x, which the index beside it says it holds" in refusal(bert)
-    for broken, words in (({}, "no weight_map"), ({"weight_map": {"a": "../b"}}, "'../b' is no file name")):
+    for broken, words in (
+        ({}, "no index of weight files"),
+        ({"weight_map": {"a": "../b"}}, "names '../b', which is no"),
+    ):
         index.write_text(json.dumps(broken))
         assert words in refusal(bert)
     index.write_text(json.dumps({"weight_map": weight_map}))
