@@ -36,7 +36,8 @@ from convclip.engine.inputs import Inputs
 from convclip.engine.stages.groups import training_stages
 from convclip.engine.steps import chunked_step
 from convclip.engine.zero.build import build_engine
-from convclip.engine.zero.launcher import ALONE, start_processes
+from convclip.engine.zero.launcher import start_processes
+from convclip.engine.zero.ranks import Ranks
 from convclip.losses.contrastive import clip_loss
 from convclip.models import build_model
 from convclip.models.layer_groups import frozen_cut
@@ -238,7 +239,7 @@ def compare_memory(options: argparse.Namespace, lock: str) -> None:
     for side in SIDES:
         command = [sys.executable, *sys.argv, "--measure", side, "--locks", lock]
         # A process group of its own.
-        environment = {name: value for name, value in os.environ.items() if name not in ALONE}
+        environment = {name: value for name, value in os.environ.items() if name not in Ranks().environment()}
         output = subprocess.run(command, env=environment, check=True, capture_output=True, text=True).stdout
         peaks[side] = json.loads(output.strip().splitlines()[-1])
     print(f"  peak memory: convclip {peaks['convclip']:.0f} MiB, open_clip {peaks['open_clip']:.0f} MiB")

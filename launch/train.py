@@ -1,4 +1,4 @@
-"""Train a recipe: `deepspeed launch/train.py --ds_config … --recipe …` (also torchrun, or plain python)."""
+"""Train a recipe: `deepspeed launch/train.py --ds_config … --recipe …` (or torchrun, srun, mpirun, python)."""
 
 from __future__ import annotations
 
@@ -69,11 +69,12 @@ def print_plan(recipe: Recipe, ds_config: str | None, as_json: bool, plot: str |
 
         config = load_ds_config(ds_config)
     from convclip.engine.plan.plan import check_plot_path, format_plan, plot_plan
+    from convclip.engine.zero.ranks import planned_world
     from convclip.run import plan_recipe
 
     if plot is not None:
         check_plot_path(Path(plot))
-    plan = plan_recipe(recipe, config, int(os.environ.get("WORLD_SIZE", "1")))
+    plan = plan_recipe(recipe, config, planned_world(os.environ))
     print(json.dumps(plan) if as_json else format_plan(plan))
     if plot is not None:
         plot_plan(plan, Path(plot))

@@ -1,4 +1,4 @@
-"""Starting the processes of a run: under `deepspeed`, `torchrun`, or alone."""
+"""Starting the processes of a run: under `deepspeed`, `torchrun`, `srun`, `mpirun`, or alone."""
 
 from __future__ import annotations
 
@@ -11,18 +11,20 @@ from pathlib import Path
 
 import torch
 
-# Port 0: whichever is free when it is opened.
-ALONE = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "0"}
+from convclip.engine.zero.ranks import find_ranks
 
 
 def start_processes() -> None:
-    """Join the process group of the launcher, or form one of this process alone; picks this rank's device."""
+    """Join the process group of the launcher, or form one of this process alone; picks this rank's device.
+
+    Errors: UserError where the launcher's variables are partial or contradict each other.
+    """
     os.environ.setdefault("DEEPSPEED_LOG_LEVEL", "error")
     # DeepSpeed compiles an extension with ninja, which stands beside python and may not be on the PATH.
     os.environ["PATH"] = os.pathsep.join([str(Path(sys.executable).parent), os.environ.get("PATH", "")])
-    if "RANK" not in os.environ:
-        # Without these DeepSpeed looks for mpi4py.
-        os.environ.update(ALONE)
+    ranks = find_ranks(os.environ)
+    # Without these DeepSpeed looks for mpi4py.
+    os.environ.update(ranks.environment())
     # With it DeepSpeed's CPU backend sets up shared memory for an all-reduce that only inference uses, and leaves the
     # 66 MiB of each rank of each run behind in /dev/shm.
     local_size = os.environ.pop("LOCAL_SIZE", None)
@@ -30,7 +32,8 @@ def start_processes() -> None:
     from deepspeed.accelerator import get_accelerator
 
     if get_accelerator().device_name() != "cpu":
-        get_accelerator().set_device(int(os.environ["LOCAL_RANK"]))
+        # Slurm may show each task its own device only.
+        get_accelerator().set_device(ranks.local_rank % get_accelerator().device_count())
     _announce_build()
     deepspeed.init_distributed(dist_backend=get_accelerator().communication_backend_name(), verbose=False)
     if local_size is not None:
