@@ -1,4 +1,4 @@
-"""Files that appear whole or not at all, rows that are appended, locks between processes, checksums. Imports no torch.
+"""Files that appear whole or not at all, rows that are appended, checksums. Imports no torch.
 
 A file is written beside its target as `<name>.<host>-<pid>-<n>.part`, synced, and only then given its name: a kill, an
 error or a full disk leaves what was there before. No two writers share a temporary. What a killed writer of this
@@ -9,15 +9,12 @@ from __future__ import annotations
 
 import contextlib
 import errno
-import fcntl
 import hashlib
 import itertools
 import os
 import re
 import shutil
 import socket
-import sys
-import time
 import zlib
 from collections.abc import Iterator
 from pathlib import Path
@@ -25,13 +22,11 @@ from pathlib import Path
 from convclip.schema import UserError
 
 # Some network file systems cannot sync a folder, and some have no locks.
-_NOT_OFFERED = {errno.EINVAL, errno.ENOSYS, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOLCK}
-_POLL_SECONDS = 0.05
+NOT_OFFERED = {errno.EINVAL, errno.ENOSYS, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOLCK}
 _HOST = f"{zlib.crc32(socket.gethostname().encode()):08x}"
 _numbers = itertools.count()
-# Temporaries that this process is writing, and (process, lock file) that it holds; the process, as forks copy both.
+# Temporaries that this process is writing.
 _being_written: set[Path] = set()
-_held: set[tuple[int, str]] = set()
 
 
 class CannotWrite(UserError):
@@ -133,84 +128,6 @@ def sha256_of(path: str | Path) -> str:
     return digest.hexdigest()
 
 
-class Lock:
-    """At most one process writes `target` at a time: whoever holds the lock file `path`. A context manager.
-
-    The lock is the kernel's, so it ends with the process, however that ends, and forked workers do not keep it. The
-    file says who holds it (program, host, process, since); it is removed at the end, and one that a killed process
-    left does no harm. A second Lock in the same process is let in. Where the file system has no locks, all are.
-
-    Errors: UserError in one line where another process holds it, unless `wait`; CannotWrite for a folder that cannot
-    be written.
-    """
-
-    def __init__(self, path: str | Path, target: str | Path, wait: bool = False) -> None:
-        self.path, self.target, self.wait = Path(path), target, wait
-        self._file: int | None = None
-        self._key: tuple[int, str] | None = None
-
-    def acquire(self) -> Lock:
-        """Take the lock."""
-        key = (os.getpid(), os.path.realpath(self.path))
-        # The kernel would drop the process's lock when any second handle of the file is closed.
-        if key in _held:
-            return self
-        with writing(self.path):
-            while (file := self._try()) is None:
-                time.sleep(_POLL_SECONDS)
-        since = time.strftime("%Y-%m-%d %H:%M:%S")
-        program = Path(sys.argv[0]).stem or "python"
-        with contextlib.suppress(OSError):  # On a full disk the lock holds without a name on it.
-            os.ftruncate(file, 0)
-            os.write(file, f"{program}, host {socket.gethostname()}, pid {os.getpid()}, since {since}".encode())
-        self._file, self._key = file, key
-        _held.add(key)
-        return self
-
-    def release(self) -> None:
-        """Give the lock back; nothing where it is not held, as in a forked process."""
-        if self._file is None or self._key is None or self._key[0] != os.getpid():
-            return
-        with contextlib.suppress(OSError):
-            # Before the lock is let go: later, it might be the next one's.
-            if _is_at(self._file, self.path):
-                self.path.unlink()
-        os.close(self._file)
-        _held.discard(self._key)
-        self._file = self._key = None
-
-    def __enter__(self) -> Lock:
-        return self.acquire()
-
-    def __exit__(self, *_: object) -> None:
-        self.release()
-
-    def _try(self) -> int | None:
-        """The open, locked file; None where it has to be tried again."""
-        file = os.open(self.path, os.O_RDWR | os.O_CREAT, 0o666)
-        try:
-            # Not flock: worker processes forked from this one would hold that lock on after its death.
-            fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError as error:
-            if error.errno in _NOT_OFFERED:
-                return file
-            holder = os.pread(file, 1000, 0).decode("utf-8", "replace")
-            os.close(file)
-            if error.errno not in (errno.EAGAIN, errno.EACCES):
-                raise
-            if self.wait:
-                return None
-            raise UserError(
-                f"{self.target}: another process is writing it{f' ({holder})' if holder else ''}: "
-                "wait for it or stop it, or name another place"
-            ) from None
-        # Who held it before may have removed the file between our opening and our locking it.
-        if _is_at(file, self.path):
-            return file
-        os.close(file)
-        return None
-
-
 @contextlib.contextmanager
 def _temporary(path: Path) -> Iterator[Path]:
     """A name beside `path` that no other writer uses; what is there after an exception is removed."""
@@ -261,21 +178,13 @@ def _remove(part: Path) -> None:
             part.unlink()
 
 
-def _is_at(file: int, path: Path) -> bool:
-    """Whether `path` is the open file."""
-    try:
-        return os.path.samestat(os.fstat(file), os.stat(path))
-    except FileNotFoundError:
-        return False
-
-
 def _sync(path: Path) -> None:
     """Wait until a file's content, or the names in a folder, are on the disk."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)
     except OSError as error:
-        if error.errno not in _NOT_OFFERED or not path.is_dir():
+        if error.errno not in NOT_OFFERED or not path.is_dir():
             raise
     finally:
         os.close(descriptor)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import tempfile
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,7 @@ from convclip.engine.meters import logger
 from convclip.engine.plan.plan import make_plan
 from convclip.engine.task import ImageTextTask, Task
 from convclip.files import write_text, writing
+from convclip.locks import Lock
 from convclip.models.batch_norm import synchronised, to_precision
 from convclip.models.checkpoint_weights import RunState, checkpoint_path, load_from, recipe_of
 from convclip.models.dual_tower import DualTower
@@ -52,6 +54,33 @@ def train_recipe(
     `resume`: never, auto, or the path of a checkpoint. With `resume_other_data` it may go on with other training data
     than before: epochs, events and warm-up are then counted by the new steps per epoch. Errors: UserError.
     """
+    folder = Path(folder)
+    lock = Lock(folder / ".lock", f"--output_dir {folder}", heartbeat=True)
+    try:
+        dead = on_main(lambda: _only_run(lock, folder))
+        return _train(recipe, ds_config, folder, resume, resume_other_data, lock, dead)
+    finally:
+        lock.release()
+
+
+def _only_run(lock: Lock, folder: Path) -> str:
+    """Take the lock of a run's folder: a second run at once would mix its files with the first one's. The dead run
+    that it is taken from, if any. Errors: UserError."""
+    with writing(folder, "--output_dir"):
+        folder.mkdir(parents=True, exist_ok=True)
+        return lock.acquire().taken_over
+
+
+def _train(
+    recipe: Recipe,
+    ds_config: str | Path,
+    folder: Path,
+    resume: str | Path,
+    resume_other_data: bool,
+    lock: Lock,
+    dead: str,
+) -> dict[str, Any]:
+    """`train_recipe` in a folder whose `lock` is held, taken from the `dead` run."""
     # Here and not above: --plan and the tools do without DeepSpeed, whose import takes seconds.
     from convclip.engine.run_folder import open_run_folder, refuse_other_data, take_up
     from convclip.engine.trainer import Trainer
@@ -59,11 +88,13 @@ def train_recipe(
 
     # The run's folder and checkpoints keep it: the text encoder's folder may move.
     recipe = _whole(recipe)
-    folder, task = Path(folder), open_task(recipe)
+    task = open_task(recipe)
     config = resolve_ds_config(load_ds_config(ds_config), recipe, world_size())
     device, dtype = current_device(), precision(config)
     evaluation = task.evaluation(recipe.data.val) if recipe.data.val else None
-    start = open_run_folder(folder, recipe, config, str(resume))
+    start = replace(open_run_folder(folder, recipe, config, str(resume)), lock=lock)
+    if dead:
+        start.notes.append(f"the folder was that of a run which is dead: {dead}")
     store: str | Path | None = recipe.features.store
     if recipe.features.mode == "fill":
         store = folder / "features.h5"

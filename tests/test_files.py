@@ -1,4 +1,4 @@
-"""Whole-or-nothing files, appended rows and locks: against kills, full disks and other processes."""
+"""Whole-or-nothing files and appended rows: against kills, full disks and other processes."""
 
 import errno
 import hashlib
@@ -11,14 +11,15 @@ from pathlib import Path
 
 import pytest
 
-from convclip import files
-from convclip.files import CannotWrite, Lock, append_line, sha256_of, whole_file, whole_folder, write_text
-from convclip.schema import UserError
+from convclip import files, locks
+from convclip.files import CannotWrite, append_line, sha256_of, whole_file, whole_folder, write_text
+from convclip.locks import Lock
 
 REPOSITORY = Path(__file__).parent.parent
 # Where a file is renamed or synced by hand, and why.
 BY_HAND = {
     "convclip/files.py": {"os.replace(", "os.fsync("},
+    "convclip/locks.py": {"fcntl.lockf("},
     # Rows of a part that is resumed: each commit syncs them before the bytes that call them done.
     "convclip/features/writer.py": {"os.fsync("},
 }
@@ -70,12 +71,11 @@ def test_nothing_is_renamed_or_synced_by_hand():
             )
             if calls:
                 found[str(path.relative_to(REPOSITORY))] = set(calls)
-    assert found.pop("convclip/files.py") == BY_HAND["convclip/files.py"] | {"fcntl.lockf("}
-    assert found == {name: calls for name, calls in BY_HAND.items() if name != "convclip/files.py"}
+    assert found == BY_HAND
 
 
 def test_files_imports_no_torch():
-    code = "import sys, convclip.files; sys.exit(any(name in sys.modules for name in ('torch', 'numpy', 'filelock')))"
+    code = "import sys, convclip.locks; sys.exit(any(name in sys.modules for name in ('torch', 'numpy', 'filelock')))"
     assert subprocess.run([sys.executable, "-c", code], cwd=REPOSITORY, check=False).returncode == 0
 
 
@@ -221,83 +221,8 @@ def test_sha256(tmp_path):
     assert sha256_of(str(tmp_path / "weights")) == hashlib.sha256(data).hexdigest()
 
 
-def test_a_lock_has_one_holder_whom_others_name(tmp_path):
-    lock = tmp_path / ".x.lock"
-
-    def refused() -> None:
-        with pytest.raises(UserError) as caught:
-            Lock(lock, "the target").acquire()
-        message = str(caught.value)
-        assert re.fullmatch(
-            rf"the target: another process is writing it \(\S+, host \S+, pid {os.getppid()}, since [\d -]+[\d:]+\): "
-            "wait for it or stop it, or name another place",
-            message,
-        ), message
-
-    with Lock(lock, "the target") as held:
-        assert in_child(refused) == 0
-        # A second one in this process shares it, and its end does not end the first.
-        with Lock(lock, "the target"):
-            pass
-        assert in_child(refused) == 0
-        # A forked worker has no part in it: neither its release nor its end gives the lock away.
-        assert in_child(held.release) == 0
-        assert in_child(refused) == 0 and lock.exists()
-    assert names(tmp_path) == []
-    with Lock(lock, "the target"):
-        pass
-    with pytest.raises(CannotWrite, match=r"absent/a\.lock cannot be written"):
-        Lock(tmp_path / "absent" / "a.lock", "it").acquire()
-
-
-def test_a_killed_holder_frees_the_lock_though_its_workers_live(tmp_path):
-    lock = tmp_path / ".x.lock"
-    reading, writing = os.pipe()
-
-    def holder() -> None:
-        Lock(lock, "it").acquire()
-        worker = os.fork()
-        if worker == 0:  # Lives on until the test closes the pipe.
-            os.close(writing)
-            os.read(reading, 1)
-            os._exit(0)
-        die()
-
-    assert in_child(holder) == -signal.SIGKILL and lock.exists()
-    with Lock(lock, "it"):
-        assert f"pid {os.getpid()}," in lock.read_text()
-    os.close(writing)
-    os.close(reading)
-    assert names(tmp_path) == []
-
-
-def test_those_who_wait_come_one_after_the_other(tmp_path):
-    """Each adds one to a number by reading and writing it; a turn that is not alone would lose some."""
-    counter, turns, processes = tmp_path / "count", 25, 4
-    counter.write_text("0")
-
-    def work() -> None:
-        for _ in range(turns):
-            with Lock(tmp_path / "lock", counter, wait=True):
-                counter.write_text(str(int(counter.read_text()) + 1))
-
-    children = []
-    for _ in range(processes):
-        child = os.fork()
-        if child == 0:
-            files._POLL_SECONDS = 0.001
-            try:
-                work()
-                os._exit(0)
-            finally:
-                os._exit(1)
-        children.append(child)
-    assert [os.waitpid(child, 0)[1] for child in children] == [0] * processes
-    assert counter.read_text() == str(turns * processes) and names(tmp_path) == ["count"]
-
-
 def test_a_file_system_without_locks_or_synced_folders_does_not_stop_the_work(tmp_path, monkeypatch):
-    monkeypatch.setattr(files.fcntl, "lockf", failing(errno.ENOLCK))
+    monkeypatch.setattr(locks.fcntl, "lockf", failing(errno.ENOLCK))
     with Lock(tmp_path / "lock", "it"):
         pass
     sync = os.fsync

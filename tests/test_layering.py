@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 REPOSITORY = Path(__file__).parent.parent
-GROUND = {"schema", "config", "documents", "distributed", "files", "devices"}
+GROUND = {"schema", "config", "documents", "distributed", "files", "locks", "devices"}
 PARTS = {"models", "losses", "data", "features"}
 BELOW_ENGINE = GROUND | PARTS | {"evaluation"}
 # Part of convclip: the parts it may import, besides itself.
@@ -27,6 +27,7 @@ MAY_IMPORT = {
     "devices": {"schema"},
     "command_line": {"schema"},
     "files": {"schema"},
+    "locks": {"files", "schema"},
     "models": GROUND,
     # Losses take tensors and a process group; of the schema they know the error that users see.
     "losses": {"distributed", "schema"},

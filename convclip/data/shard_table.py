@@ -22,7 +22,8 @@ from convclip.data.samples import BrokenSample, Captions
 from convclip.data.shard_scan import MAX_TEXT_BYTES, NO_TEXT, md5_of, parse_captions, scan_shard
 from convclip.data.shards import Shard, cache_folder, find_shards, is_url
 from convclip.distributed import is_main
-from convclip.files import CannotWrite, Lock, whole_file
+from convclip.files import CannotWrite, whole_file
+from convclip.locks import Lock
 from convclip.schema import Data, UserError
 
 log = logging.getLogger(__name__)

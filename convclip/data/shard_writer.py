@@ -31,7 +31,8 @@ from tqdm import tqdm
 from convclip.data.coco import CocoImage
 from convclip.data.jpeg import SkippedImage, read_jpeg
 from convclip.data.shard_record import Entry, ShardRecord, matches
-from convclip.files import Lock, whole_file, writing
+from convclip.files import whole_file, writing
+from convclip.locks import Lock
 from convclip.schema import UserError
 
 MembersOf = Callable[[CocoImage], dict[str, bytes]]

@@ -23,7 +23,8 @@ from webdataset.gopen import gopen
 
 from convclip.data.local_files import read_json
 from convclip.distributed import is_main
-from convclip.files import Lock, whole_file
+from convclip.files import whole_file
+from convclip.locks import Lock
 from convclip.schema import Data, UserError
 
 WIDS_KIND = "wids-shard-index-v1"

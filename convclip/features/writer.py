@@ -34,7 +34,8 @@ from convclip.features.layout import (
     row_checksums,
     runs,
 )
-from convclip.files import Lock, publish
+from convclip.files import publish
+from convclip.locks import Lock
 from convclip.schema import UserError
 
 

@@ -30,7 +30,8 @@ import torch
 from PIL import Image
 from tqdm import tqdm
 
-from convclip.files import Lock, whole_file, write_text, writing
+from convclip.files import whole_file, write_text, writing
+from convclip.locks import Lock
 from convclip.schema import UserError
 from convclip.video.decode import VideoError, read_clip
 from convclip.video.frame_index import (

@@ -14,7 +14,7 @@ import webdataset
 from PIL import Image
 from test_decode import write_video
 
-from convclip.files import Lock
+from convclip.locks import Lock
 from convclip.schema import UserError
 from convclip.video import frame_store
 from convclip.video.decode import read_clip

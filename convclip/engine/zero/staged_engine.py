@@ -18,6 +18,7 @@ from convclip.engine.zero.build import build_engine, dismantle, rebuild_engine
 from convclip.engine.zero.checkpoint import load_checkpoint, move_pointer, remove_old, save_checkpoint, save_locked
 from convclip.engine.zero.ds_config import adapts_loss_scale, precision
 from convclip.engine.zero.masters import clamp_parameter, master_shards
+from convclip.locks import Lock
 from convclip.models.batch_norm import average_running_statistics
 from convclip.models.checkpoint_weights import RunState, load_weights, read_state, write_state
 from convclip.models.dual_tower import Cut, DualTower
@@ -28,12 +29,14 @@ from convclip.schema import Recipe, UserError
 @dataclass
 class Start:
     """Where a run begins: the state it has there, the checkpoint that this is from (None for a new run), whether
-    that `is_own`, in the run's folder, and what the log should say of how it was found."""
+    that `is_own`, in the run's folder, what the log should say of how it was found, and the main rank's `lock` of the
+    folder."""
 
     state: RunState
     checkpoint: Path | None = None
     is_own: bool = False
     notes: list[str] = field(default_factory=list)
+    lock: Lock | None = None
 
 
 class StagedEngine:
@@ -79,6 +82,7 @@ class StagedEngine:
         Errors: UserError on every rank.
         """
         state, checkpoint = begin.state, begin.checkpoint
+        self._lock = begin.lock
         if checkpoint is not None:
             alike(lambda: load_weights(self._model, checkpoint))
         # What is locked is written by a run that begins in its folder: one of an earlier run there is not this one's.
@@ -147,8 +151,10 @@ class StagedEngine:
     def save(self, state: RunState, is_best: bool, keep_last: int) -> None:
         """Write a checkpoint on all ranks, point `latest` (and `best`) at it, and remove all but the newest and best.
 
-        Errors: UserError on every rank where one cannot write.
+        Errors: UserError on every rank where one cannot write, or where another run has taken the folder over.
         """
+        if self._lock is not None:
+            on_main(self._lock.check)
         average_running_statistics(self._model)
         path = save_checkpoint(self.engine, self.folder / "checkpoints", replace(state, stage=self.stage))
         # In this order: whoever reads a pointer in between finds a checkpoint that is there.
