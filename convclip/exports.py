@@ -50,7 +50,7 @@ def export_checkpoint(
     with tqdm(total=2, desc="exporting", delay=2, unit="step", disable=form == "onnx") as bar:
         model, about = _read(source, found, recipe is not None, ema)
         bar.update()
-        lines = _write(model, found, folder, form, about)
+        lines = write_export(model, found, folder, form, about)
         bar.update()
     return [f"wrote {folder}", *lines]
 
@@ -65,8 +65,11 @@ def _read(source: Path, recipe: Recipe, is_file: bool, ema: bool) -> tuple[DualT
     return model.eval(), about_run(path, recipe, state, ema)
 
 
-def _write(model: DualTower, recipe: Recipe, folder: Path, form: str, about: str) -> list[str]:
-    """Write the folder; how it is loaded, and notes."""
+def write_export(model: DualTower, recipe: Recipe, folder: Path, form: str, about: str) -> list[str]:
+    """Write `model` to the new `folder` in one of FORMATS; how it is loaded, and notes.
+
+    `about` is what the model card says of where its weights come from. Errors: UserError.
+    """
     if form == "transformers":
         notes = export_transformers(model, recipe.model, folder, about)
         how = f'load it with transformers.VisionTextDualEncoderModel.from_pretrained("{folder}")'

@@ -24,10 +24,10 @@ MAX_READ, MAX_RECIPE, MAX_WORDS = 2**24, 12_000, 300
 NO_PLACES = ("description", "csv_separator", "name")
 
 
-def about_run(checkpoint: Path, recipe: Recipe, state: RunState, ema: bool = False) -> str:
+def about_run(checkpoint: Path, recipe: Recipe, state: RunState, ema: bool = False, recalls: str = "") -> str:
     """Markdown of a run's checkpoint: pretrained weights, data, steps, recipe, recalls at its step.
 
-    `ema`: it is the moving average of its weights that is described.
+    `ema`: it is the moving average of its weights that is described. `recalls`: what to say in place of the run's own.
     """
     row = evaluation_of(checkpoint.parent.parent / EVALUATIONS, state.step)
     if ema:
@@ -49,7 +49,7 @@ def about_run(checkpoint: Path, recipe: Recipe, state: RunState, ema: bool = Fal
             _trained_from(recipe.model),
             "## What it was trained on\n\n" + "\n".join(trained),
             f"## Recipe\n\nWhat differs from convclip's defaults:\n\n```yaml\n{_short(recipe)}```",
-            "## Recalls\n\n" + _recalls(recipe, row, state.step),
+            "## Recalls\n\n" + (recalls or _recalls(recipe, row, state.step)),
         ]
     )
 

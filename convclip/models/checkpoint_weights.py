@@ -131,6 +131,15 @@ def read_weights(path: str | Path, ema: bool = False) -> dict[str, Tensor]:
     return {**weights, **trained}
 
 
+def trained_names(path: str | Path) -> set[str]:
+    """Names of the parameters that train in the stage of a checkpoint. Errors: UserError as `read_weights`."""
+    file = TensorFile(Path(path) / rank_file(0), read_state(path).origin(0))
+    try:
+        return set(file.layout["shapes"])
+    except (KeyError, TypeError) as error:
+        raise file.wrong_layout(error) from None
+
+
 def load_weights(model: nn.Module, path: str | Path, ema: bool = False) -> None:
     """Load a checkpoint's fp32 weights into `model`, with `ema` their moving average.
 
