@@ -25,6 +25,7 @@ def load(
     recipe: str | Path | Recipe | None = None,
     tokenizer: str | Path | None = None,
     pretrained: str | Path | None = None,
+    ema: bool = False,
 ) -> Clip:
     """A trained image-text model, ready to embed images and captions; no DeepSpeed and no process group is needed.
 
@@ -35,6 +36,7 @@ def load(
     `device`: as torch writes it (`cpu`, `cuda`, `cuda:1`). None: what DS_ACCELERATOR names, else this machine's
     accelerator, else the CPU.
     `dtype`: what the towers compute in: fp32 (default), bf16 or fp16. Embeddings are float32.
+    `ema`: the moving average of the weights, of a run or checkpoint that was trained with `optim.ema_decay`.
     `tokenizer`: the folder or name of the text tower's tokenizer, where it is not where the recipe says.
 
     Errors: `convclip.schema.UserError`, one line, when the source is no trained image-text model, a file is missing or
@@ -42,4 +44,4 @@ def load(
     """
     from convclip.clip import load_clip
 
-    return load_clip(source, device, dtype, recipe, tokenizer, pretrained)
+    return load_clip(source, device, dtype, recipe, tokenizer, pretrained, ema)

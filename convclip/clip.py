@@ -164,12 +164,13 @@ def load_clip(
     recipe: str | Path | Recipe | None = None,
     tokenizer: str | Path | None = None,
     pretrained: str | Path | None = None,
+    ema: bool = False,
 ) -> Clip:
     """What `convclip.load` gives; it says what the arguments are. Errors: UserError."""
     place, precision = pick_device(device), _precision(dtype)
     # Building a tower draws random weights: the caller's generators must not move.
     with torch.random.fork_rng(devices=[]):
-        model, config, own = _read(source, recipe, pretrained)
+        model, config, own = _read(source, recipe, pretrained, ema)
     scale = model.logit_scale.detach().exp().item()
     bias = None if model.logit_bias is None else model.logit_bias.item()
     text = config.text
@@ -193,18 +194,20 @@ def load_clip(
 
 
 def _read(
-    source: str | Path, recipe: str | Path | Recipe | None, pretrained: str | Path | None
+    source: str | Path, recipe: str | Path | Recipe | None, pretrained: str | Path | None, ema: bool
 ) -> tuple[DualTower, schema.Model, Recipe | None]:
     """The model that `source` holds, on the CPU in fp32, its configuration, and the recipe where there is one."""
     place = Path(source)
+    is_run = any((place / name).is_file() for name in ("state.json", "best", "latest", "recipe.yaml"))
+    is_export = (place / OUR_CONFIG).is_file()
+    if ema and (is_export or not is_run):
+        raise UserError(f"ema=True goes with a run or a checkpoint; {source} is neither: leave it out")
     if str(source).startswith(OPEN_CLIP):
         if recipe is not None:
             raise UserError(f"{source} says itself which model it is: leave recipe= out")
         return *_released(str(source).removeprefix(OPEN_CLIP), pretrained), None
     if pretrained is not None:
         raise UserError(f"pretrained= goes with a source {OPEN_CLIP}NAME; {source} holds its own weights: leave it out")
-    is_run = any((place / name).is_file() for name in ("state.json", "best", "latest", "recipe.yaml"))
-    is_export = (place / OUR_CONFIG).is_file()
     if (is_run or is_export) and recipe is not None:
         raise UserError(f"{source} says itself which model it holds: leave recipe= out")
     if is_export:
@@ -213,7 +216,7 @@ def _read(
         path = checkpoint_path(place)
         own = _image_text(recipe_of(path), path)
         model = build_model(own.model)
-        load_from(model, place)
+        load_from(model, place, ema)
         return model, own.model, own
     if not place.exists() and not str(source).startswith(HUB):
         raise UserError(f"{source}: no such file or folder; give a run's, a checkpoint's or an export's folder")

@@ -1,4 +1,4 @@
-"""What the scripts of launch/ and tools/ share: two flags, a table of findings, and how they end. Imports no torch."""
+"""What the scripts of launch/ and tools/ share: flags, a table of findings, and how they end. Imports no torch."""
 
 from __future__ import annotations
 
@@ -61,6 +61,13 @@ def add_overrides(parser: argparse.ArgumentParser) -> None:
     """`--set KEY=VALUE`, any number of times, for any field of a recipe: a list under the name `overrides`."""
     parser.add_argument(
         "--set", dest="overrides", action="append", default=[], metavar="KEY=VALUE", help="override a recipe field"
+    )
+
+
+def add_ema(parser: argparse.ArgumentParser) -> None:
+    """`--ema`: the moving average of a run's weights in their place."""
+    parser.add_argument(
+        "--ema", action="store_true", help="take the moving average of the weights (of a run with optim.ema_decay)"
     )
 
 

@@ -21,15 +21,23 @@ FORMATS = ("open_clip", "transformers", "onnx")
 
 
 def export_checkpoint(
-    source: Path, folder: Path, form: str, recipe: str | None = None, overrides: Sequence[str] = ()
+    source: Path,
+    folder: Path,
+    form: str,
+    recipe: str | None = None,
+    overrides: Sequence[str] = (),
+    ema: bool = False,
 ) -> list[str]:
     """Write what `source` holds to the new `folder`, whole or not at all; what to tell the user, in lines.
 
     `source`: a run (its best checkpoint), a checkpoint, or with `recipe` a safetensors file of that recipe's model.
+    `ema`: the moving average of a run's weights.
     Errors: UserError for an unknown `form`, a folder in use, a video model, a tower that the format cannot hold.
     """
     if form not in FORMATS:
         raise UserError(f"--format {form!r} is not known{nearest(form, FORMATS)}: give one of {', '.join(FORMATS)}")
+    if ema and recipe:
+        raise UserError(f"--ema goes with a run or a checkpoint, {source} is a weight file (--recipe): leave it out")
     # All that can be refused is, before anything large is read.
     refuse_in_use(folder)
     if form == "onnx":
@@ -40,25 +48,28 @@ def export_checkpoint(
         refuse_other_towers(found.model)
     # Shown where reading or writing takes more than two seconds; ONNX has a bar of its own.
     with tqdm(total=2, desc="exporting", delay=2, unit="step", disable=form == "onnx") as bar:
-        model, about = _read(source, found, recipe is not None)
+        model, about = _read(source, found, recipe is not None, ema)
         bar.update()
-        lines = _write(model, found, folder, form, about)
+        lines = write_export(model, found, folder, form, about)
         bar.update()
     return [f"wrote {folder}", *lines]
 
 
-def _read(source: Path, recipe: Recipe, is_file: bool) -> tuple[DualTower, str]:
+def _read(source: Path, recipe: Recipe, is_file: bool, ema: bool) -> tuple[DualTower, str]:
     """The model with its weights, in eval mode, and what its card says of them."""
     model = build_model(recipe.model)
     if is_file:
         load_exact(model, source)
         return model.eval(), about_file(str(source), recipe)
-    path, state = load_from(model, source)
-    return model.eval(), about_run(path, recipe, state)
+    path, state = load_from(model, source, ema)
+    return model.eval(), about_run(path, recipe, state, ema)
 
 
-def _write(model: DualTower, recipe: Recipe, folder: Path, form: str, about: str) -> list[str]:
-    """Write the folder; how it is loaded, and notes."""
+def write_export(model: DualTower, recipe: Recipe, folder: Path, form: str, about: str) -> list[str]:
+    """Write `model` to the new `folder` in one of FORMATS; how it is loaded, and notes.
+
+    `about` is what the model card says of where its weights come from. Errors: UserError.
+    """
     if form == "transformers":
         notes = export_transformers(model, recipe.model, folder, about)
         how = f'load it with transformers.VisionTextDualEncoderModel.from_pretrained("{folder}")'

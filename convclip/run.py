@@ -125,11 +125,13 @@ def evaluate_checkpoint(
     precision: str = "fp32",
     overrides: Sequence[str] = (),
     zero_shot: str | Path | None = None,
+    ema: bool = False,
 ) -> dict[str, Any]:
     """Figures of a run's best checkpoint (or the one that `place` is) on `data`, printed and written to eval.jsonl.
 
     Any ZeRO stage and world size may have trained it. `zero_shot` is a folder of classnames.txt, templates.txt and a
-    sub-folder of images for each class. Errors: UserError names what is missing or damaged.
+    sub-folder of images for each class. `ema`: of the moving average of its weights (optim.ema_decay).
+    Errors: UserError names what is missing or damaged.
     """
     folder, data = Path(folder), str(data)
     on_main(lambda: _open_output(folder))
@@ -137,7 +139,7 @@ def evaluate_checkpoint(
     task = open_task(on_main(lambda: recipe_of(checkpoint_path(place), overrides)))
     classes = task.zero_shot(Path(zero_shot)) if zero_shot is not None else None
     model = task.build_model()
-    path, state = _load_alike(model, place)
+    path, state = _load_alike(model, place, ema)
     dtype, device = PRECISIONS[precision], current_device()
     model = to_precision(model, dtype, device).eval()
     evaluation = task.evaluation(data)
@@ -147,8 +149,11 @@ def evaluate_checkpoint(
         figures["zero_shot"] = classes.figures(model, device, dtype)
         table += f"\n{classes.table(figures['zero_shot'])}"
     if is_main():
-        print(_evaluated_as(precision, _precision_name(state.precision), overrides) + table)
+        average = "the moving average of the weights (--ema)\n" if ema else ""
+        print(average + _evaluated_as(precision, _precision_name(state.precision), overrides) + table)
     row = {"checkpoint": str(path), "data": data, "precision": precision, "step": state.step, **figures}
+    if ema:
+        row["weights"] = "ema"
     if overrides:
         row["overrides"] = list(overrides)
     on_main(lambda: write_text(folder / "eval.jsonl", json.dumps(row) + "\n", "--output_dir"))
@@ -183,9 +188,9 @@ def _open_output(folder: Path) -> None:
             pass
 
 
-def _load_alike(model: DualTower, place: str | Path) -> tuple[Path, RunState]:
+def _load_alike(model: DualTower, place: str | Path, ema: bool) -> tuple[Path, RunState]:
     """Load the same checkpoint on every rank; its path and state. Errors: UserError on all of them."""
     while True:
-        found = gather_objects(alike(lambda: load_from(model, place)))
+        found = gather_objects(alike(lambda: load_from(model, place, ema)))
         if len({path for path, _ in found}) == 1:
             return found[0]

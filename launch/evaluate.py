@@ -6,7 +6,7 @@ import argparse
 import sys
 from pathlib import Path
 
-from convclip.command_line import add_local_rank, add_overrides, run
+from convclip.command_line import add_ema, add_local_rank, add_overrides, run
 
 
 def parse_arguments() -> argparse.Namespace:
@@ -19,6 +19,7 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--output_dir", type=Path, required=True, help="eval.jsonl is written here")
     parser.add_argument("--zero_shot", type=Path, help="folder of classnames.txt, templates.txt and pictures by class")
     parser.add_argument("--precision", choices=["fp32", "bf16", "fp16"], default="fp32")
+    add_ema(parser)
     add_overrides(parser)
     add_local_rank(parser)
     return parser.parse_args()
@@ -37,6 +38,7 @@ def evaluate(arguments: argparse.Namespace) -> None:
         arguments.precision,
         arguments.overrides,
         arguments.zero_shot,
+        arguments.ema,
     )
 
 

@@ -180,6 +180,7 @@ def test_overrides_reach_every_kind_of_place():
         ("data.train={000..004}.tar", ["not valid YAML", "in quotes: --set 'data.train=\"{000..004}.tar\"'"]),
         ("optim.lr=fast", ["optim.lr", "valid number"]),
         ("optim.lr=0", ["optim.lr", "greater than 0"]),
+        ("optim.ema_decay=1", ["optim.ema_decay", "less than 1"]),
         ("optim.lr=.inf", ["optim.lr", "finite"]),
         ("optim.lr=.nan", ["optim.lr"]),
         ("optim.betas=[1, 0.9]", ["optim.betas.0", "less than 1"]),

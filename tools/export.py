@@ -17,7 +17,7 @@ import argparse
 import sys
 from pathlib import Path
 
-from convclip.command_line import add_overrides, run
+from convclip.command_line import add_ema, add_overrides, run
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -27,6 +27,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--recipe", help="recipe of a .safetensors file's model; a run knows its own")
     parser.add_argument("--output_dir", required=True, type=Path, help="new folder to write")
     parser.add_argument("--format", default="open_clip", help="open_clip (default), transformers or onnx")
+    add_ema(parser)
     add_overrides(parser)
     return run("export", export, parser.parse_args(arguments))
 
@@ -36,7 +37,7 @@ def export(options: argparse.Namespace) -> None:
     # Imported late: --help should not wait for torch.
     from convclip.exports import export_checkpoint
 
-    given = (options.checkpoint, options.output_dir, options.format, options.recipe, options.overrides)
+    given = (options.checkpoint, options.output_dir, options.format, options.recipe, options.overrides, options.ema)
     print("\n".join(export_checkpoint(*given)))
 
 

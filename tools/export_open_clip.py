@@ -13,7 +13,7 @@ import argparse
 import sys
 from pathlib import Path
 
-from convclip.command_line import add_overrides, run
+from convclip.command_line import add_ema, add_overrides, run
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -22,6 +22,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--checkpoint", required=True, type=Path, help="a run, its checkpoint, or a .safetensors file")
     parser.add_argument("--recipe", help="recipe of a .safetensors file's model; a run knows its own")
     parser.add_argument("--output_dir", required=True, type=Path, help="new folder to write")
+    add_ema(parser)
     add_overrides(parser)
     return run("export_open_clip", export, parser.parse_args(arguments))
 
@@ -31,7 +32,7 @@ def export(options: argparse.Namespace) -> None:
     # Imported late: --help should not wait for torch.
     from convclip.exports import export_checkpoint
 
-    given = (options.checkpoint, options.output_dir, "open_clip", options.recipe, options.overrides)
+    given = (options.checkpoint, options.output_dir, "open_clip", options.recipe, options.overrides, options.ema)
     print("\n".join(export_checkpoint(*given)))
 
 

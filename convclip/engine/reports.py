@@ -13,6 +13,7 @@ from convclip.engine.loss_rise import LossRises
 from convclip.engine.meters import clock
 from convclip.engine.stages.groups import Stage, describe_amount
 from convclip.engine.stages.norms import about_norms
+from convclip.engine.stages.schedule import about_ema
 from convclip.engine.steps import StepResult
 from convclip.engine.zero.staged_engine import StagedEngine
 from convclip.models.layer_groups import PARTS, parameter_counts
@@ -49,7 +50,13 @@ def start_report(staged: StagedEngine, recipe: Recipe, steps_per_epoch: int, tot
         f"{recipe.name}: trainable visual {counts['visual']:,} text {counts['text']:,} total {counts['total']:,}",
         f"{split} x world {staged.world} = global batch {micro * count * staged.world}{loss}; "
         f"{steps_per_epoch} steps per epoch, {total_steps} in all",
+        *about_ema(recipe, total_steps),
     ]
+
+
+def ema_title(recipe: Recipe) -> str:
+    """The line above the figures of the moving average."""
+    return f"the moving average of the weights (optim.ema_decay {recipe.optim.ema_decay:g}):"
 
 
 def unfreeze_report(

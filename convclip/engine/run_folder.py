@@ -46,6 +46,7 @@ FREE_ON_RESUME = (
     "checkpoint",
     "log_every",
     "max_bad_steps",
+    "optim.ema_decay",
     "activation_checkpointing",
 )
 
@@ -127,7 +128,9 @@ def _open(folder: Path, recipe: Recipe, ds_config: dict[str, Any], resume: str) 
             raise UserError(
                 f"--output_dir {folder} holds another run than --resume {start.checkpoint}: name a new folder"
             )
-        _refuse_other_recipe(start.checkpoint, then, recipe)
+        saved = _recipe_of(start.checkpoint, then)
+        _refuse_other_recipe(start.checkpoint, then, saved, recipe)
+        start.notes += _about_average(saved.optim.ema_decay, recipe.optim.ema_decay, then.step)
         _refuse_other_engine(start.checkpoint, then, start.state)
         start.state = replace(then, format=start.state.format)
     state = start.state
@@ -178,21 +181,37 @@ def _refuse_other_engine(checkpoint: Path, then: RunState, now: RunState) -> Non
             )
 
 
-def _refuse_other_recipe(checkpoint: Path, state: RunState, recipe: Recipe) -> None:
-    """Compare with the recipe that the checkpoint holds, or, of format 1, with the one in its run's folder."""
+def _recipe_of(checkpoint: Path, state: RunState) -> Recipe:
+    """The recipe that the checkpoint holds, or, of format 1, the one in its run's folder."""
+    source = _source_of(checkpoint, state)
     if state.recipe:
-        source = f"the recipe in {checkpoint}"
         try:
-            saved = Recipe.model_validate(parse_yaml(state.recipe, source))
+            return Recipe.model_validate(parse_yaml(state.recipe, source))
         except ValidationError as error:
             raise UserError(f"{source}: {first_problem(error, Recipe)}") from None
-    else:
-        source = str(checkpoint.parent.parent / "recipe.yaml")
-        if not Path(source).is_file():
-            raise UserError(
-                f"cannot resume, {source} is gone, and with it what {checkpoint} was trained by: put it back"
-            )
-        saved = load_recipe(source)
+    if not Path(source).is_file():
+        raise UserError(f"cannot resume, {source} is gone, and with it what {checkpoint} was trained by: put it back")
+    return load_recipe(source)
+
+
+def _source_of(checkpoint: Path, state: RunState) -> str:
+    """Where the recipe of a checkpoint is, in words."""
+    return f"the recipe in {checkpoint}" if state.recipe else str(checkpoint.parent.parent / "recipe.yaml")
+
+
+def _about_average(then: float | None, now: float | None, step: int) -> list[str]:
+    """What a change of optim.ema_decay does to a run that goes on: its weights are the same with any."""
+    if then == now:
+        return []
+    if then is None:
+        return [f"optim.ema_decay is {now:g} from now on: the moving average starts from the weights of step {step}"]
+    if now is None:
+        return [f"optim.ema_decay was {then:g} and is off from now on: later checkpoints have no moving average"]
+    return [f"optim.ema_decay was {then:g}, is {now:g} from step {step} on: the moving average goes on with it"]
+
+
+def _refuse_other_recipe(checkpoint: Path, state: RunState, saved: Recipe, recipe: Recipe) -> None:
+    """Compare with the recipe that the checkpoint was trained by."""
     then, now = (_flatten(r.model_dump(mode="json", by_alias=True)) for r in (saved, recipe))
     # A run of before there was one may need it to go on alike: the staged engine says so.
     free = FREE_ON_RESUME if state.batch_norm else (*FREE_ON_RESUME, "freezing.batch_norm")
@@ -203,6 +222,7 @@ def _refuse_other_recipe(checkpoint: Path, state: RunState, recipe: Recipe) -> N
     ]
     if different:
         more = f" and {len(different) - 3} more" if len(different) > 3 else ""
+        source = _source_of(checkpoint, state)
         raise UserError(f"cannot resume, the recipe differs from {source}: {'; '.join(different[:3])}{more}")
 
 

@@ -13,7 +13,7 @@ from convclip.data.micro_batches import Batch
 from convclip.devices import RandomState, current_device, on_accelerator
 from convclip.engine.inputs import Reads
 from convclip.engine.meters import LossWatch, RunLog, StepClock, logger
-from convclip.engine.reports import RiseReport, start_report, step_figures, summary_report, unfreeze_report
+from convclip.engine.reports import RiseReport, ema_title, start_report, step_figures, summary_report, unfreeze_report
 from convclip.engine.stages.schedule import LearningRates
 from convclip.engine.steps import StepResult, accumulated_step, chunked_step
 from convclip.engine.task import DualTower, Evaluation, Parts, Task
@@ -83,6 +83,8 @@ class Trainer:
             keep = batch.keep_frozen_gib * 2**30
             result = chunked_step(staged.engine, inputs, self.parts.objective, step, staged.frozen, keep)
         staged.clamp_logit_scale(0.0, self.recipe.optim.max_logit_scale)
+        if result.updated:
+            staged.average.update()
         return result
 
     def _batches(self) -> Iterator[Batch]:
@@ -191,7 +193,13 @@ class Trainer:
         assert self.evaluation is not None
         with self.staged.evaluating():
             figures = self.evaluation.figures(self.staged.engine, current_device(), self.staged.dtype)
-        self.log.evaluation({"step": self.state.step, "epoch": self._epoch, **figures}, self.evaluation.table(figures))
+        table = self.evaluation.table(figures)
+        if self.recipe.optim.ema_decay is not None:
+            with self.staged.evaluating(ema=True):
+                average = self.evaluation.figures(self.staged.engine, current_device(), self.staged.dtype)
+            table += f"\n{ema_title(self.recipe)}\n{self.evaluation.table(average)}"
+            figures = {**figures, "ema": average}
+        self.log.evaluation({"step": self.state.step, "epoch": self._epoch, **figures}, table)
         self.clock.reset()
         return figures
 

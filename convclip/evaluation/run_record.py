@@ -24,9 +24,15 @@ MAX_READ, MAX_RECIPE, MAX_WORDS = 2**24, 12_000, 300
 NO_PLACES = ("description", "csv_separator", "name")
 
 
-def about_run(checkpoint: Path, recipe: Recipe, state: RunState) -> str:
-    """Markdown of a run's checkpoint: pretrained weights, data, steps, recipe, recalls at its step."""
+def about_run(checkpoint: Path, recipe: Recipe, state: RunState, ema: bool = False, recalls: str = "") -> str:
+    """Markdown of a run's checkpoint: pretrained weights, data, steps, recipe, recalls at its step.
+
+    `ema`: it is the moving average of its weights that is described. `recalls`: what to say in place of the run's own.
+    """
     row = evaluation_of(checkpoint.parent.parent / EVALUATIONS, state.step)
+    if ema:
+        average = (row or {}).get("ema")
+        row = average if isinstance(average, dict) else None
     precision = next((name for name, known in PRECISIONS.items() if str(known) == state.precision), state.precision)
     per_epoch = _count(state, "steps per epoch")
     epochs = f", {state.step / per_epoch:.4g} of its recipe's {recipe.epochs} epochs" if per_epoch else ""
@@ -36,12 +42,14 @@ def about_run(checkpoint: Path, recipe: Recipe, state: RunState) -> str:
         f"- {state.step:,} optimizer steps{epochs}, global batch {recipe.batch.global_:,}",
         f"- computed in {precision}; the weights here are float32",
     ]
+    if ema:
+        trained.append(f"- they are the moving average of the weights (optim.ema_decay {recipe.optim.ema_decay})")
     return "\n\n".join(
         [
             _trained_from(recipe.model),
             "## What it was trained on\n\n" + "\n".join(trained),
             f"## Recipe\n\nWhat differs from convclip's defaults:\n\n```yaml\n{_short(recipe)}```",
-            "## Recalls\n\n" + _recalls(recipe, row, state.step),
+            "## Recalls\n\n" + (recalls or _recalls(recipe, row, state.step)),
         ]
     )
 

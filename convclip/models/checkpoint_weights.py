@@ -28,6 +28,8 @@ FORMAT = 2
 # Format 1, of convclip 0.1.0, has no run, locked, recipe and data in its state, and no checksums.
 CHECKED_FORMAT = 2
 MAX_STATE_BYTES = 16 * 2**20
+# A rank's tensors: of its shard n, `n/master` are the fp32 weights and `n/ema` is their moving average.
+MASTER, EMA = "master", "ema"
 STEP_FOLDER = re.compile(r"step-(\d{8,12})")
 # How often a reader looks again for the checkpoint that a pointer names: a run that saves moves on.
 LOOKS = 4
@@ -96,11 +98,12 @@ def write_state(path: Path, state: RunState) -> None:
     write_text(path / "state.json", json.dumps(asdict(state), indent=1))
 
 
-def read_weights(path: str | Path) -> dict[str, Tensor]:
+def read_weights(path: str | Path, ema: bool = False) -> dict[str, Tensor]:
     """Full fp32 weights and buffers of a checkpoint, by name, put together from all ranks' pieces on the CPU.
 
-    Works for any ZeRO stage and world size, without DeepSpeed. Errors: UserError names a missing or damaged file, one
-    of another step or run, and one with values that are not finite.
+    Works for any ZeRO stage and world size, without DeepSpeed. `ema`: what trains is its moving average instead; the
+    buffers are the same. Errors: UserError names a missing or damaged file, one of another step or run, and one with
+    values that are not finite; and a checkpoint without a moving average.
     """
     path = Path(path)
     state = read_state(path)
@@ -110,8 +113,13 @@ def read_weights(path: str | Path) -> dict[str, Tensor]:
     filled: dict[str, int] = {}
     for number in range(1 if state.zero_stage == 0 else state.world_size):
         file = TensorFile(path / rank_file(number), state.origin(number))
+        if ema and f"0/{EMA}" not in file.keys:
+            raise UserError(
+                f"{path} has no moving average of its weights (--ema, ema=True): it was trained without "
+                "optim.ema_decay; leave --ema out"
+            )
         try:
-            _put_together(file, trained, filled)
+            _put_together(file, EMA if ema else MASTER, trained, filled)
         except (KeyError, TypeError, ValueError, IndexError, RuntimeError) as error:
             raise file.wrong_layout(error) from None
         if number == 0:
@@ -123,11 +131,24 @@ def read_weights(path: str | Path) -> dict[str, Tensor]:
     return {**weights, **trained}
 
 
-def load_weights(model: nn.Module, path: str | Path) -> None:
-    """Load a checkpoint's fp32 weights into `model`; UserError names the keys when it is another model's."""
+def trained_names(path: str | Path) -> set[str]:
+    """Names of the parameters that train in the stage of a checkpoint. Errors: UserError as `read_weights`."""
+    file = TensorFile(Path(path) / rank_file(0), read_state(path).origin(0))
+    try:
+        return set(file.layout["shapes"])
+    except (KeyError, TypeError) as error:
+        raise file.wrong_layout(error) from None
+
+
+def load_weights(model: nn.Module, path: str | Path, ema: bool = False) -> None:
+    """Load a checkpoint's fp32 weights into `model`, with `ema` their moving average.
+
+    Errors: UserError as `read_weights`, and one that names the keys when it is another model's.
+    """
     expected = model.state_dict()
+    found = read_weights(path, ema)
     # The reference head of head alignment serves training alone: a model without one is none the worse.
-    weights = {n: value for n, value in read_weights(path).items() if n in expected or not n.startswith("reference.")}
+    weights = {n: value for n, value in found.items() if n in expected or not n.startswith("reference.")}
     problems = [f"{name} is missing" for name in expected if name not in weights]
     problems += [f"{name} is not in this model" for name in weights if name not in expected]
     problems += [
@@ -142,15 +163,15 @@ def load_weights(model: nn.Module, path: str | Path) -> None:
     model.load_state_dict(weights)
 
 
-def load_from(model: nn.Module, place: str | Path) -> tuple[Path, RunState]:
-    """Load the weights of the checkpoint meant by `place` (see `checkpoint_path`); its path and state.
+def load_from(model: nn.Module, place: str | Path, ema: bool = False) -> tuple[Path, RunState]:
+    """Load the weights (`ema`: their moving average) of the checkpoint meant by `place`; its path and state.
 
     A run that trains meanwhile may remove a checkpoint while it is read: the one that the run names then is taken.
     """
     for look in range(LOOKS):
         path = checkpoint_path(place)
         try:
-            load_weights(model, path)
+            load_weights(model, path, ema)
             return path, read_state(path)
         except UserError:
             if look == LOOKS - 1 or (path.exists() and checkpoint_path(place) == path):
@@ -267,11 +288,11 @@ def rank_file(number: int) -> str:
     return f"rank-{number:05d}.safetensors"
 
 
-def _put_together(file: TensorFile, trained: dict[str, Tensor], filled: dict[str, int]) -> None:
-    """Lay a rank's pieces of the trained parameters into `trained`; `filled` counts the values of each."""
+def _put_together(file: TensorFile, what: str, trained: dict[str, Tensor], filled: dict[str, int]) -> None:
+    """Lay a rank's pieces of what trains (MASTER or EMA) into `trained`; `filled` counts the values of each."""
     shapes = file.layout["shapes"]
     for index, pieces in enumerate(file.layout["shards"]):
-        flat = file.get(f"{index}/master").view(-1)
+        flat = file.get(f"{index}/{what}").view(-1)
         for name, start, offset, length in pieces:
             if name not in trained:
                 trained[name], filled[name] = torch.empty(shapes[name]), 0

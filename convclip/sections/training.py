@@ -81,6 +81,9 @@ class Optim(Section):
     # lr follows the global batch: multiplied by (global / reference_batch), or its square root.
     scale_lr_with_batch: Literal["none", "linear", "sqrt"] = "none"
     reference_batch: Count = 384
+    # Share of itself that the moving average of the weights keeps at each update (0.999: half of it is of the last 693
+    # updates); it is evaluated beside the weights and saved with them. None: there is no average.
+    ema_decay: float | None = Field(None, gt=0, lt=1)
 
 
 class Unfreeze(Section):

@@ -12,6 +12,8 @@ from convclip.engine.stages.groups import Group
 from convclip.schema import Optim
 
 STEPS, BATCH, ACCUMULATION, CLIP = 30, 8, 2, 0.5
+# Of the moving average of what trains, under these names among the weights.
+EMA, AVERAGE = 0.8, "average of "
 OPTIM = Optim()
 
 
@@ -55,14 +57,18 @@ def adamw(entries: list[dict[str, Any]]) -> torch.optim.Optimizer:
     return torch.optim.AdamW(entries, lr=0.0, betas=OPTIM.betas, eps=OPTIM.eps)
 
 
-def plain_run(steps: int = STEPS, make: Callable[..., torch.optim.Optimizer] = adamw) -> dict[str, Tensor]:
-    """The oracle: one process, a plain torch optimizer, add_param_group at the events."""
+def plain_run(
+    steps: int = STEPS, make: Callable[..., torch.optim.Optimizer] = adamw, ema: bool = False
+) -> dict[str, Tensor]:
+    """The oracle: one process, a plain torch optimizer, add_param_group at the events; with `ema` averages, too."""
     model = SmallModel().requires_grad_(False)
     parameters = dict(model.named_parameters())
     optimizer: torch.optim.Optimizer | None = None
+    averages: dict[str, Tensor] = {}
     for step in range(steps):
         for group in SCHEDULE.get(step, [])[len(optimizer.param_groups) if optimizer else 0 :]:
             members = [parameters[name].requires_grad_(True) for name in group.parameters]
+            averages |= {name: parameters[name].detach().clone() for name in group.parameters}
             entry = {"params": members, "weight_decay": group.weight_decay, "lr_scale": group.lr_scale}
             if optimizer is None:
                 optimizer = make([entry])
@@ -76,7 +82,9 @@ def plain_run(steps: int = STEPS, make: Callable[..., torch.optim.Optimizer] = a
         for entry in optimizer.param_groups:
             entry["lr"] = lr(step) * entry["lr_scale"]
         optimizer.step()
-    return {name: parameter.detach() for name, parameter in parameters.items()}
+        averages = {name: EMA * old + (1 - EMA) * parameters[name].detach() for name, old in averages.items()}
+    found = {name: parameter.detach() for name, parameter in parameters.items()}
+    return {**found, **({AVERAGE + name: value for name, value in averages.items()} if ema else {})}
 
 
 def ds_config(stage: int, precision: str = "fp32", world: int = 1, offload: bool = False) -> dict[str, Any]:
@@ -104,8 +112,8 @@ def ds_config(stage: int, precision: str = "fp32", world: int = 1, offload: bool
     return config
 
 
-def train_step(engine: Any, step: int) -> None:
-    """One optimizer step of the small model on this rank's share of the batch."""
+def train_step(engine: Any, step: int) -> bool:
+    """One optimizer step of the small model on this rank's share of the batch; whether fp16 did not skip it."""
     rank, world = torch.distributed.get_rank(), torch.distributed.get_world_size()
     share = slice(rank * BATCH // world, (rank + 1) * BATCH // world)
     for micro in range(ACCUMULATION):
@@ -114,15 +122,23 @@ def train_step(engine: Any, step: int) -> None:
         for group in engine.optimizer.param_groups:
             group["lr"] = lr(step) * group["lr_scale"]
         engine.step()
+    return not getattr(engine.optimizer, "overflow", False)
 
 
-def deepspeed_run(config: dict[str, Any], every: int = 0, steps: int = STEPS) -> tuple[dict[str, Tensor], Any]:
-    """Train by DeepSpeed with a rebuild at each event, and every so many steps besides; (masters, engine)."""
+def deepspeed_run(
+    config: dict[str, Any], every: int = 0, steps: int = STEPS, ema: bool = False
+) -> tuple[dict[str, Tensor], Any]:
+    """Train by DeepSpeed with a rebuild at each event, and every so many steps besides; (masters, engine).
+
+    With `ema` the moving averages, full, are among the masters.
+    """
     from convclip.engine.zero.build import build_engine, rebuild_engine
+    from convclip.engine.zero.masters import master_shards
+    from convclip.engine.zero.moving_average import MovingAverage
 
     model = SmallModel()
     values = {name: parameter.detach().clone() for name, parameter in model.named_parameters()}
-    engine, groups = None, None
+    engine, groups, average = None, None, MovingAverage(EMA if ema else None)
     for step in range(steps):
         if step in SCHEDULE or (every and step % every == 0):
             opened = step in SCHEDULE
@@ -131,8 +147,14 @@ def deepspeed_run(config: dict[str, Any], every: int = 0, steps: int = STEPS) ->
                 engine = build_engine(model, groups, config, OPTIM, values)
             else:
                 engine = rebuild_engine(engine, groups, config, OPTIM, values if opened else {})
-        train_step(engine, step)
-    return masters(engine), engine
+            average.follow(master_shards(engine))
+        if train_step(engine, step):
+            average.update()
+    found = masters(engine)
+    if ema:
+        with average.as_weights(engine):
+            found |= {AVERAGE + name: value for name, value in masters(engine).items()}
+    return found, engine
 
 
 def masters(engine: Any) -> dict[str, Tensor]:

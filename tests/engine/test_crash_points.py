@@ -16,7 +16,8 @@ from tests.processes import run_ranks
 pytestmark = pytest.mark.launch
 
 # Five steps, three an epoch: an event and an evaluation at step 3, saves at steps 2, 3, 4 and 5 of which one is kept.
-SMALL = ("batch.global=8", "max_steps=5", "checkpoint.every_steps=2", "checkpoint.keep_last=1")
+# The moving average lies in the files of the weights.
+SMALL = ("batch.global=8", "max_steps=5", "checkpoint.every_steps=2", "checkpoint.keep_last=1", "optim.ema_decay=0.5")
 SPREAD = 15
 
 
@@ -27,7 +28,8 @@ def read_back(place: Path) -> str | None:
 
     try:
         if (place / "latest").exists() or (place / "best").exists():
-            read_weights(checkpoint_path(place))
+            for ema in (False, True):
+                read_weights(checkpoint_path(place), ema)
     except UserError as error:
         return str(error)
     return None

@@ -12,9 +12,14 @@ import time
 import pytest
 import torch
 
+import convclip
+from convclip.models.checkpoint_weights import checkpoint_path, read_weights, step_of
+from convclip.schema import UserError
 from tests.conftest import FULL, REPOSITORY
+from tests.engine.plain_average import wrong_averages
 from tests.engine.small_run import arguments, make_files, train_alone, train_here, weights_of
 from tests.processes import launch, run, run_ranks, run_script
+from tools import export, export_open_clip
 
 pytestmark = pytest.mark.launch
 
@@ -123,19 +128,103 @@ def test_two_ranks_equal_one_with_the_same_global_batch(files, tmp_path):
 
 
 def with_a_trial_of_the_last_stage(files, folder):
-    """A run as on an accelerator, which tries its largest stage before the first."""
+    """A run as on an accelerator, which tries its largest stage before the first, with a moving average.
+
+    The average evaluated by itself; and the notes of resumes with another decay and without any.
+    """
+    from convclip.run import evaluate_checkpoint
+
+    every_step = ("checkpoint.every_steps=1", "checkpoint.keep_last=100")
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("convclip.engine.trainer.on_accelerator", lambda: True)
-        return train_here(files, folder, 2)["steps"]
+        train_here(files, folder, 2, ("optim.ema_decay=0.7", *every_step))
+    last = f"{folder}/checkpoints/step-00000024"
+    figures = evaluate_checkpoint(last, f"{files}/val-000000.tar", f"{folder}/evaluated", ema=True)
+    for decay in ("0.9", "null"):
+        resumed = (f"optim.ema_decay={decay}", "evaluation.every_epochs=0", *every_step)
+        train_here(files, f"{folder}-{decay}", 2, resumed, resume=f"{folder}/checkpoints/step-00000022")
+    again = f"{folder}-null/checkpoints/step-00000023"
+    train_here(files, f"{folder}-again", 2, ("optim.ema_decay=0.6", *every_step), resume=again)
+    return figures
 
 
-def test_a_trial_of_the_last_stage_changes_nothing(files, tmp_path, launched):
-    run_ranks(2, with_a_trial_of_the_last_stage, str(files), str(tmp_path / "run"))
-    expected, found = weights_of(launched[1]), weights_of(tmp_path / "run")
+@pytest.fixture(scope="module")
+def averaged(files, tmp_path_factory):
+    """(the run with a trial and a moving average, figures of the average)."""
+    run_folder = tmp_path_factory.mktemp("averaged") / "run"
+    return run_folder, run_ranks(2, with_a_trial_of_the_last_stage, str(files), str(run_folder))
+
+
+def test_a_trial_of_the_last_stage_changes_nothing(averaged, launched):
+    expected, found = weights_of(launched[1]), weights_of(averaged[0])
     assert all(torch.equal(found[name], value) for name, value in expected.items())
-    log = (tmp_path / "run" / "train.log").read_text()
+    log = (averaged[0] / "train.log").read_text()
     assert log.index("a full step fits") < log.index("step 1/24")
     assert "estimated" in log
+
+
+def test_a_moving_average_is_a_plain_one_and_changes_nothing_else(averaged, launched):
+    run_folder, figures = averaged
+    assert not wrong_averages(run_folder)
+    without, found = rows(launched[1] / "eval.jsonl"), rows(run_folder / "eval.jsonl")
+    assert [{key: value for key, value in row.items() if key != "ema"} for row in found] == without
+    # The table has both, and the average by itself scores what it scored in the run.
+    assert (run_folder / "train.log").read_text().count("the moving average of the weights (optim.ema_decay 0.7)") == 4
+    assert found[-1]["ema"]["val_loss"] != found[-1]["val_loss"]
+    assert figures["standard"] == found[-1]["ema"]["standard"]
+    assert figures["val_loss"] == pytest.approx(found[-1]["ema"]["val_loss"], rel=1e-5)
+    (by_itself,) = rows(run_folder / "evaluated" / "eval.jsonl")
+    assert by_itself["weights"] == "ema"
+
+
+def test_a_moving_average_is_switched_on_and_off_where_a_run_goes_on(averaged):
+    run_folder, _ = averaged
+    slower, off, again = (run_folder.with_name(f"run-{name}") for name in ("0.9", "null", "again"))
+    assert "optim.ema_decay was 0.7, is 0.9 from step 22 on" in (slower / "train.log").read_text()
+    expected = read_weights(run_folder / "checkpoints" / "step-00000022", ema=True)
+    for step in (23, 24):
+        weights = read_weights(slower / "checkpoints" / f"step-{step:08d}")
+        expected = {name: 0.9 * old + 0.1 * weights[name] for name, old in expected.items()}
+    found = read_weights(slower / "checkpoints" / "step-00000024", ema=True)
+    assert all(torch.allclose(found[name], value, rtol=0, atol=1e-6) for name, value in expected.items())
+    assert "optim.ema_decay was 0.7 and is off from now on" in (off / "train.log").read_text()
+    last = [weights_of(folder) for folder in (slower, off, again)]
+    assert all(torch.equal(weights[name], value) for weights in last for name, value in last[0].items())
+    with pytest.raises(UserError, match=r"step-00000024 has no moving average .* leave --ema out"):
+        read_weights(off / "checkpoints" / "step-00000024", ema=True)
+    log = (again / "train.log").read_text()
+    assert "optim.ema_decay is 0.6 from now on: the moving average starts from the weights of step 23" in log
+    start, end = (
+        read_weights(folder / "checkpoints" / f"step-000000{step}") for folder, step in ((off, 23), (again, 24))
+    )
+    found = read_weights(again / "checkpoints" / "step-00000024", ema=True)
+    assert all(torch.allclose(found[name], 0.6 * start[name] + 0.4 * end[name], rtol=0, atol=1e-6) for name in found)
+
+
+def test_a_moving_average_is_used_by_one_flag(averaged, files, tmp_path, capsys):
+    run_folder, _ = averaged
+    average = read_weights(checkpoint_path(run_folder), ema=True)
+    clip = convclip.load(run_folder, "cpu", ema=True)
+    assert all(torch.equal(value, average[name]) for name, value in clip.model.state_dict().items())
+    assert not torch.equal(clip.model.text.text_projection, convclip.load(run_folder, "cpu").model.text.text_projection)
+    folder = str(tmp_path / "export")
+    assert export.main(["--checkpoint", str(run_folder), "--output_dir", folder, "--ema"]) == 0
+    exported = convclip.load(folder, "cpu").model.state_dict()
+    assert all(torch.equal(exported[name], average[name]) for name in exported)
+    card = (tmp_path / "export" / "README.md").read_text()
+    assert "moving average of the weights (optim.ema_decay 0.7)" in card
+    best = step_of(checkpoint_path(run_folder))
+    (row,) = [row for row in rows(run_folder / "eval.jsonl") if row["step"] == best]
+    assert f"validation loss {row['ema']['val_loss']:.4f}" in card
+    # Where there is none it is one line.
+    for main in (export.main, export_open_clip.main):
+        capsys.readouterr()
+        without = str(run_folder.with_name("run-null") / "checkpoints" / "step-00000024")
+        assert main(["--checkpoint", without, "--output_dir", str(tmp_path / "none"), "--ema"]) == 2
+        assert "step-00000024 has no moving average" in capsys.readouterr().err and not (tmp_path / "none").exists()
+    for source in (folder, "open_clip:RN50"):
+        with pytest.raises(UserError, match="ema=True goes with a run or a checkpoint"):
+            convclip.load(source, ema=True)
 
 
 def test_a_killed_run_resumes_to_the_same_weights(files, tmp_path):

@@ -53,6 +53,8 @@ class StageMemory:
     # fp32 copies that only the optimizer's step needs, when activations are gone.
     step_copies: int
     row: float
+    # The moving average of what trains (optim.ema_decay), beside the masters.
+    average: int
     # Per row of what enters the towers, and of what a chunked step keeps of their frozen parts in its place.
     input: int
     kept: int
@@ -67,6 +69,8 @@ class StageMemory:
             "weights": self.weights,
             "gradients": self.gradients,
             "optimizer": self.optimizer,
+            # A column only where the recipe has one.
+            **({} if self.recipe.optim.ema_decay is None else {"ema": self.average}),
             "activations": self.row * min(micro, rows),
             "inputs": rows * min(self.kept, self.input) + min(beyond, batch.keep_frozen_gib * GIB),
             "loss": loss_bytes(self.recipe, rows, self.world),
@@ -75,7 +79,7 @@ class StageMemory:
     def total(self, micro: int) -> float:
         """Peak bytes with `micro` rows run at a time."""
         parts = self.parts(micro)
-        fixed = self.weights + self.gradients + self.optimizer
+        fixed = self.weights + self.gradients + self.optimizer + self.average
         return fixed + max(sum(parts.values()) - fixed, self.step_copies)
 
     def largest_micro(self, device_bytes: float) -> int:
@@ -203,6 +207,7 @@ def stage_memory(
         weights=weights + teacher_bytes(recipe, size),
         gradients=(trained // world if splits else trained) * size + buckets,
         optimizer=0 if offloaded else 4 * numbers * shard,
+        average=0 if offloaded or recipe.optim.ema_decay is None else 4 * shard,
         step_copies=0 if offloaded or numbers == 2 else 4 * shard,
         # With them, the images as the tower takes them.
         row=activations_per_row(model, recipe, stage) + 3 * recipe.model.image.image_size**2 * size,

@@ -15,7 +15,7 @@ from convclip.config import UserError
 from convclip.engine.plan.memory import format_memory, plan_memory
 from convclip.engine.stages.groups import Stage, describe_amount, event_starts, reached_stages, training_stages
 from convclip.engine.stages.norms import about_norms
-from convclip.engine.stages.schedule import LearningRates, peak_lr, shortened_warmups, warmup_steps
+from convclip.engine.stages.schedule import LearningRates, about_ema, peak_lr, shortened_warmups, warmup_steps
 from convclip.engine.stored.frozen import storable
 from convclip.engine.task import Task
 from convclip.files import whole_file
@@ -208,6 +208,7 @@ def _notes(
     if steps_per_epoch and total:
         starts: Mapping[str, int] = event_starts(reached, steps_per_epoch)
         notes += shortened_warmups(recipe, total, starts)
+        notes += about_ema(recipe, total)
     elif recipe.max_steps:
         notes += shortened_warmups(recipe, recipe.max_steps, {})
     return notes

@@ -10,6 +10,8 @@ from convclip.schema import Recipe
 
 # A warm-up that would not end is shortened to one part in so many of the steps there are.
 SHORTENED = 10
+# A moving average that ends with more than this share of the weights it began with has seen too few updates.
+LARGE_REST = 0.1
 
 
 def peak_lr(recipe: Recipe) -> float:
@@ -54,6 +56,18 @@ def shortened_warmups(recipe: Recipe, total_steps: int, starts: Mapping[str, int
                 f"left: it takes {fitted_warmup(asked, left)}, a tenth of them; set freezing.new_warmup_steps to choose"
             )
     return lines
+
+
+def about_ema(recipe: Recipe, total_steps: int) -> list[str]:
+    """How far back the moving average reaches, and what it has of the weights it began with after `total_steps`."""
+    decay = recipe.optim.ema_decay
+    if decay is None:
+        return []
+    half, left = math.ceil(math.log(0.5) / math.log(decay)), decay**total_steps
+    line = f"moving average of what trains (optim.ema_decay {decay:g}): half of it is of the last {half:,} updates"
+    if left > LARGE_REST:
+        line += f"; after {total_steps:,} steps {left:.0%} of it is still the weights it began with: lower the decay"
+    return [line]
 
 
 def lr_at(step: int, total_steps: int, warmup: int, peak: float) -> float:

@@ -1,10 +1,10 @@
 """Checkpoints: this rank's optimizer shards as plain tensors, in a folder that appears whole or not at all.
 
-`checkpoints/step-00001000/` holds `rank-00000.safetensors` … (masters, optimizer state, random state, buffers, and
-where each piece of each parameter stands) and `state.json`. It is written as `….part`, renamed by rank 0 after every
-rank has written, and only then do `latest` and `best` move. Weights that do not train at the start of the run are
-written once, to `checkpoints/locked.safetensors`. `convclip.models.checkpoint_weights` reads the weights back, without
-DeepSpeed; `convclip.models.checkpoint_files` has the checksums.
+`checkpoints/step-00001000/` holds `rank-00000.safetensors` … (masters, optimizer state, moving average, random state,
+buffers, and where each piece of each parameter stands) and `state.json`. It is written as `….part`, renamed by rank 0
+after every rank has written, and only then do `latest` and `best` move. Weights that do not train at the start of the
+run are written once, to `checkpoints/locked.safetensors`. `convclip.models.checkpoint_weights` reads the weights back,
+without DeepSpeed; `convclip.models.checkpoint_files` has the checksums.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ from __future__ import annotations
 import contextlib
 import json
 import shutil
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +27,7 @@ from convclip.engine.zero.masters import MasterShard, is_replicated, master_shar
 from convclip.files import CannotWrite, publish, remove_folder, write_text, writing
 from convclip.models.checkpoint_files import LOCKED, TensorFile, is_finite, write_tensors
 from convclip.models.checkpoint_weights import (
+    EMA,
     RunState,
     best_checkpoint,
     rank_file,
@@ -57,14 +58,14 @@ def save_locked(model: nn.Module, trainable: set[str], folder: Path, run: str = 
     return on_main(write)
 
 
-def save_checkpoint(engine: DeepSpeedEngine, folder: Path, state: RunState) -> Path:
-    """Save to `folder`/step-XXXXXXXX on all ranks and return it.
+def save_checkpoint(engine: DeepSpeedEngine, folder: Path, state: RunState, averages: Sequence[Tensor] = ()) -> Path:
+    """Save to `folder`/step-XXXXXXXX on all ranks and return it; `averages` are those of this rank's shards, if any.
 
     Errors: UserError on every rank when one cannot write, or has a value that is not finite; nothing is touched then.
     """
     target = folder / f"step-{state.step:08d}"
     part = target.with_name(target.name + ".part")
-    _refuse_not_finite(engine, state.step)
+    _refuse_not_finite(engine, state.step, averages)
 
     def clear() -> None:
         with writing(part):
@@ -75,7 +76,7 @@ def save_checkpoint(engine: DeepSpeedEngine, folder: Path, state: RunState) -> P
     on_main(clear)
     problem = None
     try:
-        _save_rank(engine, part / rank_file(rank()), state)
+        _save_rank(engine, part / rank_file(rank()), state, averages)
         if is_main():
             write_state(part, state)
     except (OSError, CannotWrite) as error:
@@ -94,17 +95,19 @@ def save_checkpoint(engine: DeepSpeedEngine, folder: Path, state: RunState) -> P
     return target
 
 
-def load_checkpoint(engine: DeepSpeedEngine, path: Path) -> None:
+def load_checkpoint(engine: DeepSpeedEngine, path: Path, ema: bool = False) -> list[Tensor] | None:
     """Give `engine` (built for the checkpoint's stage) the optimizer state, counters, buffers and random state.
 
+    With `ema`, the moving averages of this rank's shards; None where the checkpoint has none.
     Errors: UserError on every rank, of a file that is missing, damaged, or of another step, run or model.
     """
-    snapshot, buffers, random = alike(lambda: _read_rank(engine, path))
+    snapshot, buffers, random, averages = alike(lambda: _read_rank(engine, path, ema))
     restore_snapshot(engine, snapshot)
     own = _buffers(engine.module)
     for name, value in buffers.items():
         own[name].data.copy_(value)
     random.restore()
+    return averages
 
 
 def move_pointer(run_folder: Path, name: str, target: Path) -> None:
@@ -148,9 +151,12 @@ def _clear_padding(shard: MasterShard, values: Iterable[Any]) -> None:
                 value.data.view(-1)[gap] = 0
 
 
-def _refuse_not_finite(engine: DeepSpeedEngine, step: int) -> None:
+def _refuse_not_finite(engine: DeepSpeedEngine, step: int, averages: Sequence[Tensor]) -> None:
     """UserError on every rank where masters, optimizer state or buffers of one are infinite or not a number."""
     snapshot, found = take_snapshot(engine), None
+    for shard, average in zip(master_shards(engine), averages, strict=False):
+        # Of finite weights it is finite.
+        _clear_padding(shard, [average])
     for shard, master, state in zip(master_shards(engine), snapshot.masters, snapshot.states, strict=True):
         _clear_padding(shard, (master, *state.values()))
         for what, value in (("", master), *state.items()):
@@ -165,8 +171,10 @@ def _refuse_not_finite(engine: DeepSpeedEngine, step: int) -> None:
         )
 
 
-def _read_rank(engine: DeepSpeedEngine, path: Path) -> tuple[OptimizerSnapshot, dict[str, Tensor], RandomState]:
-    """What this rank's files of a checkpoint hold: optimizer, buffers by name, and the random state."""
+def _read_rank(
+    engine: DeepSpeedEngine, path: Path, ema: bool
+) -> tuple[OptimizerSnapshot, dict[str, Tensor], RandomState, list[Tensor] | None]:
+    """What this rank's files of a checkpoint hold: optimizer, buffers by name, random state, moving averages."""
     state, shards = read_state(path), master_shards(engine)
     own = TensorFile(path / rank_file(rank()), state.origin(rank()))
     file = TensorFile(path / rank_file(0), state.origin(0)) if is_replicated(engine) else own
@@ -176,6 +184,8 @@ def _read_rank(engine: DeepSpeedEngine, path: Path) -> tuple[OptimizerSnapshot, 
         if layout["shards"] != json.loads(json.dumps(expected)):
             raise UserError(f"{file.path}: its parameter groups are not those of this model and recipe")
         masters = [file.get(f"{index}/master") for index in range(len(shards))]
+        has_average = ema and f"0/{EMA}" in file.keys
+        averages = [file.get(f"{index}/{EMA}") for index in range(len(shards))] if has_average else None
         # A checkpoint of 0.1.0 has no "state_values": all of its state was tensors.
         values = layout.get("state_values", [{}] * len(shards))
         states = [
@@ -193,10 +203,10 @@ def _read_rank(engine: DeepSpeedEngine, path: Path) -> tuple[OptimizerSnapshot, 
     if wrong:
         raise UserError(f"{own.path}: its buffer {wrong[0]} is not one of this model")
     device = own.get("random/device") if "random/device" in own.keys else None
-    return snapshot, buffers, RandomState(own.get("random/cpu"), device)
+    return snapshot, buffers, RandomState(own.get("random/cpu"), device), averages
 
 
-def _save_rank(engine: DeepSpeedEngine, path: Path, run: RunState) -> None:
+def _save_rank(engine: DeepSpeedEngine, path: Path, run: RunState, averages: Sequence[Tensor]) -> None:
     snapshot = take_snapshot(engine)
     shards = master_shards(engine)
     tensors = {f"buffer/{name}": value.detach().cpu().contiguous() for name, value in _buffers(engine.module).items()}
@@ -208,6 +218,7 @@ def _save_rank(engine: DeepSpeedEngine, path: Path, run: RunState) -> None:
         for index, (master, state) in enumerate(zip(snapshot.masters, snapshot.states, strict=True)):
             values = {"master": master, **{key: state[key] for key in _tensor_keys(state)}}
             tensors.update({f"{index}/{key}": value.detach().cpu().contiguous() for key, value in values.items()})
+        tensors.update({f"{index}/{EMA}": value.detach().cpu() for index, value in enumerate(averages)})
     layout = {
         "shards": [_layout(shard.pieces) for shard in shards],
         "state_keys": [_tensor_keys(state) for state in snapshot.states],

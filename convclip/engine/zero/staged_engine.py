@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from deepspeed import DeepSpeedEngine
 
+from convclip.devices import RandomState
 from convclip.distributed import alike, on_main, rank, world_size
 from convclip.engine.stages.groups import Stage, event_starts, training_stages
 from convclip.engine.stages.norms import norms_kept
@@ -18,6 +19,7 @@ from convclip.engine.zero.build import build_engine, dismantle, rebuild_engine
 from convclip.engine.zero.checkpoint import load_checkpoint, move_pointer, remove_old, save_checkpoint, save_locked
 from convclip.engine.zero.ds_config import adapts_loss_scale, precision
 from convclip.engine.zero.masters import clamp_parameter, master_shards
+from convclip.engine.zero.moving_average import MovingAverage
 from convclip.locks import Lock
 from convclip.models.batch_norm import average_running_statistics
 from convclip.models.checkpoint_weights import RunState, load_weights, read_state, write_state
@@ -44,7 +46,7 @@ class StagedEngine:
 
     In this order: `load` the weights, perhaps a `trial`, `start`, and before every step `open_due`. `stage` numbers the
     present one of `stages`. `engine` is the DeepSpeed engine of that stage, a new one after each event; `trainable` are
-    the names it trains, and `frozen` is the cut below which nothing trains.
+    the names it trains, and `frozen` is the cut below which nothing trains. `average` is the moving average of them.
     """
 
     engine: DeepSpeedEngine
@@ -64,6 +66,7 @@ class StagedEngine:
         self.event_starts = event_starts(self.stages, steps_per_epoch)
         self.stage = 0
         model.keep_norms(recipe.freezing.still_norms)
+        self.average = MovingAverage(recipe.optim.ema_decay)
         self._model = model
 
     @property
@@ -112,7 +115,7 @@ class StagedEngine:
         self._unopened = {n: value for n, value in self._unopened.items() if n not in self.trainable}
         torch.manual_seed(self.recipe.seed + rank())
         if checkpoint is not None:
-            load_checkpoint(self.engine, checkpoint)
+            self.average.begin(self._shards, load_checkpoint(self.engine, checkpoint, self.average.decay is not None))
 
     def _refuse_other_norms(self, begin: Start) -> None:
         """A run of before `freezing.batch_norm` took each batch's statistics in what opened, and goes on so."""
@@ -133,6 +136,7 @@ class StagedEngine:
             values = {name: self._unopened.pop(name) for group in self.present.opened for name in group.parameters}
             self.engine = rebuild_engine(self.engine, self.present.groups, self.ds_config, self.recipe.optim, values)
             self._look()
+            self.average.follow(self._shards)
             yield self.present
 
     def clamp_logit_scale(self, low: float, high: float) -> None:
@@ -140,12 +144,18 @@ class StagedEngine:
         clamp_parameter(self.engine, self._shards, "logit_scale", low, high)
 
     @contextlib.contextmanager
-    def evaluating(self) -> Iterator[None]:
-        """The model in eval mode and without gradient, with running statistics that all ranks share."""
+    def evaluating(self, ema: bool = False) -> Iterator[None]:
+        """The model in eval mode and without gradient, with running statistics that all ranks share.
+
+        `ema`: with the moving average as its weights; training then goes on as if that had not been evaluated.
+        """
         average_running_statistics(self._model)
         self.engine.eval()
-        with torch.no_grad():
+        random = RandomState.now()
+        with torch.no_grad(), self.average.as_weights(self.engine) if ema else contextlib.nullcontext():
             yield
+        if ema:
+            random.restore()
         self.engine.train()
 
     def save(self, state: RunState, is_best: bool, keep_last: int) -> None:
@@ -156,7 +166,8 @@ class StagedEngine:
         if self._lock is not None:
             on_main(self._lock.check)
         average_running_statistics(self._model)
-        path = save_checkpoint(self.engine, self.folder / "checkpoints", replace(state, stage=self.stage))
+        state = replace(state, stage=self.stage)
+        path = save_checkpoint(self.engine, self.folder / "checkpoints", state, self.average.values)
         # In this order: whoever reads a pointer in between finds a checkpoint that is there.
         move_pointer(self.folder, "latest", path)
         if is_best:
@@ -182,6 +193,7 @@ class StagedEngine:
         self.stage = stage
         self.engine = build_engine(self._model, self.present.groups, self.ds_config, self.recipe.optim, self._unopened)
         self._look()
+        self.average.begin(self._shards)
 
     def _look(self) -> None:
         self._shards = master_shards(self.engine)

@@ -25,6 +25,7 @@ from convclip.engine.plan.memory import (
     input_bytes,
     longest_captions,
     loss_bytes,
+    plan_memory,
 )
 from convclip.engine.stages.groups import Stage, training_stages
 from convclip.engine.task import made_up_batch
@@ -107,6 +108,23 @@ def test_what_does_not_grow_with_the_batch_follows_zero():
     assert estimate_stage(recipe, stage, {"zero_optimization": {"stage": 0}}, 1).optimizer == 8 * count
     offload = {"zero_optimization": {"stage": 2, "offload_optimizer": {"device": "cpu"}}}
     assert estimate_stage(recipe, stage, offload, 1).optimizer == 0
+
+
+def test_a_moving_average_takes_a_shard_where_the_masters_are_and_nothing_without_one():
+    without = small_recipe()
+    averaged = without.model_copy(update={"optim": without.optim.model_copy(update={"ema_decay": 0.999})})
+    (stage,) = training_stages(build_meta(without), without)
+    count = sum(parameter.numel() for parameter in build_meta(without).parameters())
+    here: dict[str, Any] = {"bf16": {"enabled": True}}
+    offload = {"offload_optimizer": {"device": "cpu"}}
+    for zero_stage, more, expected in ((0, {}, 4 * count), (3, {}, count), (2, offload, 0)):
+        config = {**here, "zero_optimization": {"stage": zero_stage, **more}}
+        one, other = (estimate_stage(recipe, stage, config, 4) for recipe in (averaged, without))
+        assert one.parts(2)["ema"] == pytest.approx(expected, abs=4), zero_stage
+        assert "ema" not in other.parts(2) and other.average == 0
+        assert one.total(2) == other.total(2) + one.average
+    planned = plan_memory(build_meta(averaged), averaged, [stage], config, 1)
+    assert "  ema " in format_memory(planned)[1] and "ema" in planned["stages"][0]
 
 
 def build_meta(recipe: Recipe) -> Any:

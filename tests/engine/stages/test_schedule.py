@@ -5,7 +5,7 @@ import math
 import pytest
 
 from convclip.config import load_recipe
-from convclip.engine.stages.schedule import LearningRates, fitted_warmup
+from convclip.engine.stages.schedule import LearningRates, about_ema, fitted_warmup
 
 OPENED_AT, NEW_WARMUP, WARMUP, TOTAL = 30, 5, 10, 100
 
@@ -63,3 +63,15 @@ def test_the_warm_up_of_an_event_ends_too():
     factors = [rates.at(step, "text.event0.decay", 1.0) / rates.at(step, "image.decay", 1.0) for step in range(90, 130)]
     assert factors == pytest.approx([0.25, 0.5, 0.75] + [1.0] * 37)
     assert "200 steps of what opens at step 90 would not end within the 40 steps left: it takes 4" in rates.describe()
+
+
+def test_a_moving_average_says_how_far_back_it_reaches():
+    recipe = load_recipe("demo", ["optim.ema_decay=0.99"])
+    # 0.99^69 is the first power of it that is not above a half.
+    assert 0.99**68 > 0.5 >= 0.99**69
+    assert about_ema(recipe, 1000) == [
+        "moving average of what trains (optim.ema_decay 0.99): half of it is of the last 69 updates"
+    ]
+    (line,) = about_ema(recipe, 100)
+    assert line.endswith("; after 100 steps 37% of it is still the weights it began with: lower the decay")
+    assert about_ema(load_recipe("demo"), 100) == []
