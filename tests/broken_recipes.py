@@ -103,6 +103,10 @@ OVERRIDES: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
     "lone surrogate": (("data.train=\udcff",), ("not valid YAML",)),
     "zero byte": (("data.train='a\0b'",), ("not valid YAML",)),
     "very long value": (("optim.lr=" + "x" * 10**5,), ("optim.lr", "…")),
+    "word as layer decay": (("optim.layer_decay=high",), ("optim.layer_decay", "a number above 0 and up to 1")),
+    "layer decay that grows": (("optim.layer_decay=1.1",), ("optim.layer_decay.image", "less than or equal to 1")),
+    "layer decay of nothing": (("optim.layer_decay={image: 0}",), ("optim.layer_decay.image", "greater than 0")),
+    "layer decay of the temporal part": (("optim.layer_decay={temporal: 0.5}",), ("'image' or 'text'", "temporal")),
     "part of another task": (("optim.part_lr_scale.temporal=2",), ("part_lr_scale.temporal", "image-text training")),
     "mode without its file": (("features.mode=store",), ("features", "needs store")),
 }
