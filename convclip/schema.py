@@ -142,6 +142,15 @@ class Recipe(Section):
         return self
 
     @model_validator(mode="after")
+    def _one_view_is_not_augmented(self) -> Recipe:
+        if self.data.augments and self.features.view_count == 1:
+            raise ValueError(
+                "data.random_erasing and data.color_jitter change nothing where an image has one view, the evaluation "
+                "crop: set features.views to 2 or more, or remove them"
+            )
+        return self
+
+    @model_validator(mode="after")
     def _task_uses_every_field(self) -> Recipe:
         used = TASK_FIELDS[self.task]
         for place in _changed(self):
