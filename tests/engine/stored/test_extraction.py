@@ -29,14 +29,14 @@ def test_equal_ids_within_a_source_are_one_line_that_says_what_to_do(images, cap
 
 def test_the_last_images_are_computed_as_in_a_full_batch():
     """A MobileNet's small maps differ in the last digits by the size of the batch."""
-    recipe = load_recipe("demo", ["model.image={backbone: mobilenetv3_small_050, image_size: 64}", "batch.global=8"])
+    recipe = load_recipe("demo", ["model.image={backbone: mobilenetv3_small_050, image_size: 64}", "batch.global=16"])
     work = Extraction.__new__(Extraction)
     torch.manual_seed(0)
     work.recipe, work.model, work.dtype = recipe, build_model(recipe.model).eval(), torch.float32
-    work.work, work.rows, work.teacher = FrozenWork(8, False, False), rows_at_a_time(recipe), None
-    images = torch.randint(0, 256, (8, 3, 64, 64), dtype=torch.uint8)
+    work.work, work.rows, work.teacher = FrozenWork(10, False, False), rows_at_a_time(recipe), None
+    images = torch.randint(0, 256, (16, 3, 64, 64), dtype=torch.uint8)
     whole = work._images(images)["image_map"]
-    assert work.rows == len(whole) == 8
+    assert work.rows == len(whole) == 16
     assert torch.equal(work._images(images[:3])["image_map"], whole[:3])
     work.rows = 3
     torch.testing.assert_close(work._images(images[:3])["image_map"], whole[:3])
