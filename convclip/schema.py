@@ -68,7 +68,8 @@ _EVERY_TASK = (
     *("batch.global", "batch.accumulation", "features.mode", "features.store"),
     *("optim.lr", "optim.betas", "optim.eps", "optim.weight_decay", "optim.warmup_steps", "optim.warmup_share"),
     *("optim.clip_grad_norm", "optim.max_logit_scale", "optim.scale_lr_with_batch", "optim.reference_batch"),
-    *("optim.ema_decay", "optim.part_lr_scale.image", "optim.part_lr_scale.text", "optim.part_lr_scale.logit_scale"),
+    *("optim.layer_decay", "optim.ema_decay"),
+    *("optim.part_lr_scale.image", "optim.part_lr_scale.text", "optim.part_lr_scale.logit_scale"),
 )
 # What each task reads of a recipe; a section's name stands for all of its fields. Whatever else differs from its
 # default is refused, so a new section or field is no task's until it stands here.
@@ -137,6 +138,15 @@ class Recipe(Section):
             raise ValueError(
                 f"batch.global {batch.global_} / batch.accumulation {batch.accumulation} = {batch.rows_of_a_loss} row "
                 "for each contrastive loss, which then is 0 in every step: 2 or more are needed"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _one_view_is_not_augmented(self) -> Recipe:
+        if self.data.augments and self.features.view_count == 1:
+            raise ValueError(
+                "data.random_erasing and data.color_jitter change nothing where an image has one view, the evaluation "
+                "crop: set features.views to 2 or more, or remove them"
             )
         return self
 

@@ -164,12 +164,12 @@ def draw_lr(panel: Axes, run: Run) -> None:
 
 
 def group_label(name: str, first_step: int, events: list[dict[str, Any]]) -> str:
-    """A parameter group as the plot names it: its part of the model, and the number of the event that opened it."""
-    part, opened, _ = name.removesuffix(".no_decay").removesuffix(".decay").partition(".event")
-    if not opened:
-        return part
-    numbers = [n for n, event in enumerate(events, 1) if event.get("tower") == part and event["step"] <= first_step]
-    return f"{part} (opened at {numbers[-1]})" if numbers else f"{part} (opened)"
+    """A parameter group as the plot names it: part of the model, layer, and the number of the event that opened it."""
+    part, *more = name.removesuffix(".no_decay").removesuffix(".decay").split(".")
+    shown = " ".join([part, *(f"layer {int(word[5:])}" for word in more if word.startswith("layer"))])
+    at = [f" at {n}" for n, row in enumerate(events, 1) if row.get("tower") == part and row["step"] <= first_step]
+    is_opened = any(word.startswith("event") for word in more)
+    return f"{shown} (opened{at[-1] if at else ''})" if is_opened else shown
 
 
 def draw_logit_scale(panel: Axes, run: Run) -> None:

@@ -14,6 +14,9 @@ import torch
 from PIL import Image
 from torch.utils.data import default_collate
 
+from convclip.data.augmentation import Augmentation
+from convclip.schema import Data, ImageTowerConfig
+
 # schema.ImageTowerConfig.interpolation
 RESAMPLING = {"bicubic": Image.Resampling.BICUBIC, "bilinear": Image.Resampling.BILINEAR}
 CROP_RATIO = (3 / 4, 4 / 3)
@@ -26,20 +29,31 @@ VIEW = 4
 
 @dataclass(frozen=True)
 class TrainTransform:
-    """Random resized crop: `transform(image, generator) -> uint8 [C, S, S]`.
+    """Random resized crop, then augmentation: `transform(image, generator) -> uint8 [C, S, S]`.
 
-    The crop box comes from `generator` alone, so that a row's crop depends on nothing but the row.
+    All of it comes from `generator` alone, so that a row's pixels depend on nothing but the row; the crop box comes
+    first, so that it is the same with and without augmentation.
     """
 
     size: int
     crop_scale: tuple[float, float] = (0.9, 1.0)
     # Not shown: a feature store's identity has it from the model, and those of 0.1.0 do not have it.
     interpolation: str = field(default="bicubic", repr=False)
+    # Not shown either: `Views.describe` says it where there is one.
+    augmentation: Augmentation | None = field(default=None, repr=False)
+
+    @classmethod
+    def of(cls, data: Data, tower: ImageTowerConfig) -> TrainTransform:
+        """The transform that a recipe asks for."""
+        return cls(tower.image_size, data.crop_scale, tower.interpolation, Augmentation.of(data, tower))
 
     def __call__(self, image: Image.Image, generator: np.random.Generator) -> torch.Tensor:
         left, top, width, height = random_crop_box(image.size, self.crop_scale, generator)
         image = image.crop((left, top, left + width, top + height))
-        return _to_tensor(image.resize((self.size, self.size), RESAMPLING[self.interpolation]))
+        image = image.resize((self.size, self.size), RESAMPLING[self.interpolation])
+        if self.augmentation is None:
+            return _to_tensor(image)
+        return self.augmentation.erase(_to_tensor(self.augmentation.recolor(image, generator)), generator)
 
 
 @dataclass(frozen=True)
@@ -90,7 +104,8 @@ class Views:
         """What makes these views, for the store's identity."""
         if self.count == 1:
             return f"{self.evaluation}"
-        return f"{self.train}, {self.count} views, seed {self.seed}"
+        augmentation = "" if self.train.augmentation is None else f", {self.train.augmentation}"
+        return f"{self.train}{augmentation}, {self.count} views, seed {self.seed}"
 
 
 def random_crop_box(

@@ -11,7 +11,7 @@ from convclip.devices import memory_gib
 from convclip.distributed import all_reduce_mean
 from convclip.engine.loss_rise import LossRises
 from convclip.engine.meters import clock
-from convclip.engine.stages.groups import Stage, describe_amount
+from convclip.engine.stages.groups import Group, Stage, describe_amount, shown_groups
 from convclip.engine.stages.norms import about_norms
 from convclip.engine.stages.schedule import about_ema
 from convclip.engine.steps import StepResult
@@ -28,7 +28,7 @@ def step_figures(staged: StagedEngine, result: StepResult) -> dict[str, Any]:
     return {
         "loss": all_reduce_mean(losses["total"]).item(),
         **{name: all_reduce_mean(value).item() for name, value in parts.items()},
-        "lr": {group["name"]: group["lr"] for group in staged.parameter_groups},
+        "lr": _shown_lr(staged),
         "logit_scale": result.logit_scale.item(),
         **({} if result.logit_bias is None else {"logit_bias": result.logit_bias.item()}),
         # DeepSpeed computes none in stage 0 without clipping.
@@ -36,6 +36,12 @@ def step_figures(staged: StagedEngine, result: StepResult) -> dict[str, Any]:
         "loss_scale": engine.optimizer.loss_scaler.cur_scale if engine.fp16_enabled() else None,
         "memory_gib": memory_gib(),
     }
+
+
+def _shown_lr(staged: StagedEngine) -> dict[str, float]:
+    """lr of the groups that are shown, by their names."""
+    lr = {group["name"]: group["lr"] for group in staged.parameter_groups}
+    return {group.name: lr[group.name] for group in shown_groups(staged.present.groups)}
 
 
 def start_report(staged: StagedEngine, recipe: Recipe, steps_per_epoch: int, total_steps: int) -> list[str]:
@@ -63,7 +69,7 @@ def unfreeze_report(
     staged: StagedEngine, recipe: Recipe, stage: Stage, step: int, epoch: int, seconds: float
 ) -> Iterator[tuple[dict[str, Any], str]]:
     """Row and log line of each event of `stage`; rebuilding the engine for it took `seconds`."""
-    lr = {group["name"]: group["lr"] for group in staged.parameter_groups}
+    shown = _shown_lr(staged)
     for event in stage.events:
         number = recipe.freezing.unfreeze.index(event)
         groups = [group for group in stage.opened if group.event == number]
@@ -76,16 +82,24 @@ def unfreeze_report(
             "tower": event.tower,
             "opened": describe_amount(event),
             "parameters": parameter_counts(staged.engine.module, names)["total"],
-            "lr_scale": groups[0].lr_scale,
+            "lr_scale": max(group.lr_scale for group in groups),
         }
         if norms:
             row["batch_norm"] = "frozen" if event.tower in recipe.freezing.still_norms else "batch"
         yield (
             row,
             f"unfreeze {event.tower}: {row['opened']}, {row['parameters']:,} parameters, "
-            f"lr {lr[groups[0].name]:.2e} = {groups[0].lr_scale:g} x lr(step); "
+            f"{_opened_lr(groups, shown)}; "
             f"{norms + '; ' if norms else ''}rebuilt in {seconds:.2f} s",
         )
+
+
+def _opened_lr(groups: Sequence[Group], shown: Mapping[str, float]) -> str:
+    """`lr 7.00e-06 = 0.1 x lr(step)` of an event's groups; of the lowest layer and of the highest where lr decays."""
+    scales = {group.lr_scale: shown[group.name] for group in groups if group.name in shown}
+    low, high = min(scales), max(scales)
+    until = f" to {scales[high]:.2e}", f" to {high:g}"
+    return f"lr {scales[low]:.2e}{until[0] if low < high else ''} = {low:g}{until[1] if low < high else ''} x lr(step)"
 
 
 class RiseReport:

@@ -148,7 +148,7 @@ class ImageTextTask:
         loader = TrainLoader(
             recipe.data,
             recipe.batch,
-            TrainTransform(recipe.model.image.image_size, recipe.data.crop_scale, recipe.model.image.interpolation),
+            TrainTransform.of(recipe.data, recipe.model.image),
             build_tokenizer(recipe.model.text),
             rank(),
             world_size(),

@@ -20,7 +20,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from convclip import schema
-from convclip.files import whole_folder
+from convclip.files import whole_folder, writing
 from convclip.models.checkpoint_files import checksum
 from convclip.models.dual_tower import DualTower, build_model
 from convclip.models.hf_folder import CONFIG, tokenizer_files, with_encoder
@@ -47,8 +47,10 @@ class Export:
 
 
 def refuse_in_use(folder: Path) -> None:
-    """UserError where something is in `folder`, or it is a file."""
-    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+    """UserError where something is in `folder`, it is a file, or no place for one."""
+    with writing(folder):
+        in_use = folder.exists() and (not folder.is_dir() or any(folder.iterdir()))
+    if in_use:
         raise UserError(f"{folder}: already holds files, name a new folder")
 
 

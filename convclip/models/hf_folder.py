@@ -81,7 +81,7 @@ def encoder_config(values: dict[str, Any], place: str) -> Any:
     has none, as with GPT-2. Errors: UserError where it is of no text encoder that can be built here.
     """
     kind = values.get("model_type")
-    if kind not in FAMILIES:
+    if not isinstance(kind, str) or kind not in FAMILIES:
         raise UserError(f"{place}: {_why_not(kind)}")
     from transformers import AutoConfig  # slow to import, and only needed here
 

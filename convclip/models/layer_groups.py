@@ -22,14 +22,20 @@ def layer_groups(model: DualTower, tower: str) -> list[list[str]]:
 
     Where the model locks heads, a tower's head belongs to its last group.
     """
+    groups = layers_below_head(model, tower)
+    if model.locks_heads:
+        module: Tower = getattr(model, PARTS[tower])
+        groups[-1] = [*groups[-1], *(f"{PARTS[tower]}.{name}" for name in module.head_names())]
+    return groups
+
+
+def layers_below_head(model: DualTower, tower: str) -> list[list[str]]:
+    """Parameter names of the layer groups of `tower` (image or text), from input to output, never with its head's."""
     if tower not in PARTS:
         raise ValueError(f"a tower is image or text, not {tower!r}")
     part = PARTS[tower]
     module: Tower = getattr(model, part)
-    groups = module.layer_groups()
-    if model.locks_heads:
-        groups[-1] = [*groups[-1], *module.head_names()]
-    return [[f"{part}.{name}" for name in group] for group in groups]
+    return [[f"{part}.{name}" for name in group] for group in module.layer_groups()]
 
 
 def locked_names(model: DualTower, tower: str) -> list[str]:

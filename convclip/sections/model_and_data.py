@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import math
-from typing import Any, ClassVar, Literal
+from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import Field, field_validator, model_validator
 
 from convclip.sections.base import MAX_PIXELS, Count, Depth, Positive, Section, Weight, Width
 from convclip.sections.released import filled_in
+
+Strength = Annotated[float, Field(ge=0, le=2)]
+HueStrength = Annotated[float, Field(ge=0, le=0.5)]
 
 
 class ImageTowerConfig(Section):
@@ -154,7 +157,14 @@ class Data(Section):
     csv_image_key: str = Field("filepath", min_length=1)
     csv_caption_key: str = Field("title", min_length=1)
     csv_separator: str = Field(",", min_length=1)
+    # The share of its area that a training image's crop has.
     crop_scale: tuple[float, float] = (0.9, 1.0)
+    # How often a rectangle of a training image, 2 % to a third of it, becomes noise.
+    random_erasing: float = Field(0.0, ge=0, le=1)
+    # How far brightness, contrast and saturation (factors around 1) and hue (a share of the circle) of a training image
+    # may move, and how often they do.
+    color_jitter: tuple[Strength, Strength, Strength, HueStrength] = (0.0, 0.0, 0.0, 0.0)
+    color_jitter_probability: float = Field(1.0, gt=0, le=1)
     workers: int = Field(4, ge=0, le=1024)
     # Samples are shuffled within this many shards at a time, so that reading stays local on slow disks.
     shuffle_shards: Count = 64
@@ -171,6 +181,17 @@ class Data(Section):
         if not 0 < low <= high <= 1:
             raise ValueError(f"crop_scale {[low, high]} is not a range of area shares: 0 < low <= high <= 1")
         return self
+
+    @model_validator(mode="after")
+    def _probability_of_something(self) -> Data:
+        if self.color_jitter_probability != 1 and not any(self.color_jitter):
+            raise ValueError("color_jitter_probability goes with color_jitter, which is all 0: set it, or remove both")
+        return self
+
+    @property
+    def augments(self) -> bool:
+        """Whether training images are changed beside their crop."""
+        return bool(self.random_erasing or any(self.color_jitter))
 
 
 class Features(Section):

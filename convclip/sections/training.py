@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import math
-from typing import Literal
+from typing import Annotated, Any, Literal
 
-from pydantic import Field, model_validator
+from pydantic import Field, field_validator, model_validator
 
 from convclip.sections.base import Count, Decay, Part, Positive, Section, Steps, UserError
+
+# lr of a layer group as a share of the lr of the group above it.
+LayerDecay = Annotated[float, Field(gt=0, le=1)]
 
 # Rows of an optimizer step: a hundred times the largest batch that anybody reports.
 LARGEST_BATCH = 2**24
@@ -78,12 +81,24 @@ class Optim(Section):
     max_logit_scale: float = Field(math.log(100), gt=0, le=20)
     # lr of a part of the model as a multiple of `lr`.
     part_lr_scale: dict[Part, Positive] = Field({})
+    # Layer-wise decay, as of BEiT and timm: lr of a tower's layer group n below its head is multiplied by decay^n, the
+    # head's is not. A number counts for both towers, {image: 0.75} for one; 1 is none.
+    layer_decay: dict[Literal["image", "text"], LayerDecay] = Field({})
     # lr follows the global batch: multiplied by (global / reference_batch), or its square root.
     scale_lr_with_batch: Literal["none", "linear", "sqrt"] = "none"
     reference_batch: Count = 384
     # Share of itself that the moving average of the weights keeps at each update (0.999: half of it is of the last 693
     # updates); it is evaluated beside the weights and saved with them. None: there is no average.
     ema_decay: float | None = Field(None, gt=0, lt=1)
+
+    @field_validator("layer_decay", mode="before")
+    @classmethod
+    def _of_both_towers(cls, decay: Any) -> Any:
+        if isinstance(decay, int | float) and not isinstance(decay, bool):
+            return {"image": decay, "text": decay}
+        if decay is not None and not isinstance(decay, dict):
+            raise ValueError("it is a number above 0 and up to 1, or one of each tower, as in {image: 0.75, text: 0.9}")
+        return decay or {}
 
 
 class Unfreeze(Section):

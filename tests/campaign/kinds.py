@@ -2,7 +2,15 @@
 
 from __future__ import annotations
 
-from tests.campaign import checked_kinds, command_kinds, data_kinds, model_kinds, picture_kinds, settings_kinds
+from tests.campaign import (
+    checked_kinds,
+    command_kinds,
+    data_kinds,
+    model_kinds,
+    picture_kinds,
+    release_kinds,
+    settings_kinds,
+)
 from tests.campaign.judge import Kind
 
 _WEIGHTED: tuple[tuple[Kind, int], ...] = (
@@ -30,6 +38,9 @@ _WEIGHTED: tuple[tuple[Kind, int], ...] = (
     (checked_kinds.joined_stores, 50),
     (checked_kinds.checked_runs, 80),
     (checked_kinds.checked_exports, 40),
+    (release_kinds.model_names, 80),
+    (release_kinds.text_folders, 100),
+    (release_kinds.export_flags, 40),
     (command_kinds.wrong_files, 150),
     (command_kinds.listed_commands, 20),
     (command_kinds.evaluations, 60),

@@ -86,8 +86,13 @@ def plain_loss(image: Tensor, text: Tensor, scale: Tensor, bias: Tensor | None, 
     return (F.cross_entropy(logits, labels) + F.cross_entropy(logits.T, labels)) / 2
 
 
-def plain_run(recipe: Recipe, world: int, chunk: int) -> dict[str, Tensor]:
-    """The oracle in one process: torch.optim.AdamW, add_param_group at the events."""
+def plain_run(
+    recipe: Recipe, world: int, chunk: int, scale_of: Callable[[str], float] | None = None
+) -> dict[str, Tensor]:
+    """The oracle in one process: torch.optim.AdamW, add_param_group at the events.
+
+    `scale_of` says each parameter's lr as a multiple of LR, in place of the recipe.
+    """
     model = small_model(recipe).requires_grad_(False)
     parameters = dict(model.named_parameters())
     stages = training_stages(model, recipe)
@@ -100,9 +105,10 @@ def plain_run(recipe: Recipe, world: int, chunk: int) -> dict[str, Tensor]:
         for stage in stages:
             if stage.start(STEPS) == step:
                 for group in stage.opened:
-                    members = [parameters[name].requires_grad_() for name in group.parameters]
-                    scales = {"weight_decay": group.weight_decay, "lr": LR * group.lr_scale}
-                    optimizer.add_param_group({"params": members, **scales})
+                    for name in group.parameters:
+                        lr = LR * (scale_of(name) if scale_of else group.lr_scale)
+                        entry = {"params": [parameters[name].requires_grad_()], "weight_decay": group.weight_decay}
+                        optimizer.add_param_group({**entry, "lr": lr})
                 model.train()
         images, texts, ids = rows(step)
         features = []

@@ -29,6 +29,7 @@ WAYS = {
     "chunked": ("batch.micro=2",),
     "filled store": ("features=fill",),
     "two events at one step": (TWO_EVENTS,),
+    "lr by layer": ("optim.layer_decay=0.7",),
 }
 STAGES, KINDS = range(4), ("fp32", "bf16")
 EVERYTHING = [(way, stage, kind) for way in WAYS for stage in STAGES for kind in KINDS]

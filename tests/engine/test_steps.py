@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
@@ -39,6 +40,20 @@ ZERO_STAGES = (0, 1, 2, 3)
 BF16_STAGES = ZERO_STAGES if FULL else (0, 3)
 WHOLE_BATCH_STAGES = (2, 3) if FULL else (2,)
 GPT2_STAGES = (0, 3) if FULL else (3,)
+# By world.
+LAYERED = {1: ZERO_STAGES, 2: ZERO_STAGES} if FULL else {1: (0,), 2: (2,)}
+DECAY = 0.6
+# The layers of the two towers from input to output, what stands above them left out.
+_STAGE = r"visual\.trunk\.stages\."
+LAYERS = (
+    [
+        r"visual\.trunk\.stem",
+        *(rf"{_STAGE}0\.", rf"{_STAGE}1\.(downsample|blocks\.0)", rf"{_STAGE}1\.blocks\.1"),
+        *(rf"{_STAGE}2\.(downsample|blocks\.0)", *(rf"{_STAGE}2\.blocks\.{number}" for number in (1, 2, 3))),
+        *(rf"{_STAGE}3\.(downsample|blocks\.0)", rf"{_STAGE}3\.blocks\.1", r"visual\.trunk\.head\.norm"),
+    ],
+    [r"text\.(positional|token)_embedding", r"text\.transformer\.resblocks\.0", r"text\."],
+)
 
 
 def all_ways(world: int) -> dict[Any, Any]:
@@ -51,6 +66,8 @@ def all_ways(world: int) -> dict[Any, Any]:
         found["bf16", stage] = chunked_run(whole, ds_config(stage, "bf16"))
     for stage in WHOLE_BATCH_STAGES:
         found["still", stage] = chunked_run(still, ds_config(stage))
+    for stage in LAYERED[world]:
+        found["layers", stage] = chunked_run(decayed(), ds_config(stage))
     for stage in GPT2_STAGES:
         found["gpt2", stage] = chunked_run(gpt2(), ds_config(stage))
     found["random, not kept", 3] = chunked_run(random, ds_config(3), keep=0.0)
@@ -71,6 +88,22 @@ def gpt2() -> Recipe:
 
 def batch_norms() -> Recipe:
     return small_recipe(backbone="test_resnet")
+
+
+def decayed() -> Recipe:
+    """Its lr falls from layer to layer of both towers."""
+    recipe = small_recipe(0.0, LOCKED)
+    optim = recipe.optim.model_copy(update={"layer_decay": {"image": DECAY, "text": DECAY}})
+    return recipe.model_copy(update={"optim": optim})
+
+
+def layer_lr(name: str) -> float:
+    """lr of a parameter of `decayed` as a multiple of LR; what no event opens has 1."""
+    for layers in LAYERS:
+        found = [number for number, pattern in enumerate(layers) if re.match(pattern, name)]
+        if found:
+            return LOCKED["new_lr_scale"] * DECAY ** (len(layers) - found[0])
+    return 1.0
 
 
 def numbers_reduced(recipe: Recipe, config: dict[str, Any]) -> int:
@@ -106,6 +139,15 @@ def test_chunks_of_any_ranks_equal_one_forward_of_the_whole_batch(found):
     assert difference(oracle, dict(small_model(recipe).named_parameters())) > 1e-2
     for stage in WHOLE_BATCH_STAGES:
         assert difference(results["still", stage], oracle) <= 1e-6, stage
+
+
+@pytest.mark.launch
+def test_lr_that_falls_from_layer_to_layer_equals_a_loop_that_names_each_parameters(found):
+    world, results = found
+    oracle = plain_run(decayed(), 1, BATCH, layer_lr)
+    assert difference(oracle, plain_run(small_recipe(0.0, LOCKED), 1, BATCH)) > 1e-3
+    for stage in LAYERED[world]:
+        assert difference(results["layers", stage], oracle) <= 1e-6, stage
 
 
 @pytest.mark.launch

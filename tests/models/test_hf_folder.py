@@ -159,6 +159,7 @@ def test_folders_without_config_or_weights(bert):
         (b"\xff\xfe", "damaged, or no JSON"),
         (b'{"model_type": "bert", "hidden_dropout_prob": NaN}', "it holds NaN"),
         (b"{}", "says no model_type, so it is of no Hugging Face model: name one of bert, roberta,"),
+        (b'{"model_type": {"a": 1}}', "says no model_type"),
         (b'{"model_type": "bart"}', "bart is an encoder-decoder, of which only T5's encoder can be taken"),
         (b'{"model_type": "vit"}', "vit is an image model, not a text encoder: name one of bert"),
         (b'{"model_type": "convnextv2"}', "convnextv2 is an image model"),

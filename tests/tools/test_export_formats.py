@@ -121,6 +121,7 @@ def test_what_cannot_be_is_one_line(tmp_path, capsys, monkeypatch, form):
     (used / "mine.txt").write_text("precious")
     refused(RUN, used, form, "already holds files, name a new folder")
     refused(RUN, used / "mine.txt", form, "already holds files")
+    refused(RUN, tmp_path / ("x" * 300), form, "cannot be written: File name too long")
     refused(tmp_path / "nowhere", out, form, "holds no checkpoint")
     video = shutil.copytree(RUN, tmp_path / "video")
     recipe = load_recipe("teachclip_msrvtt9k").model_dump(mode="json", by_alias=True)

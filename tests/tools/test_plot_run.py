@@ -254,6 +254,13 @@ def test_every_legend_entry_has_a_line_to_see(run_folder, figures):
     assert widths[0] > widths[1]
 
 
+def test_layers_have_their_number_in_the_legend(run_folder, figures):
+    rates = {"image.layer00.decay": 1e-5, "image.decay": 1e-3, "text.event0.layer11.no_decay": 1e-4}
+    rows = [{**step_row(step), "lr": rates} for step in (40, 50)]
+    plot_run.draw(plot_run.Run("run", rows, EVENTS[:1], []))
+    assert labels(figures[0].axes[1]) == ["image layer 0", "image", "text layer 11 (opened at 1)"]
+
+
 def test_the_page_has_no_empty_columns_or_rows(run_folder):
     videos = {f"{way}_r{k}": 10.0 * k for way in ("t2v", "v2t") for k in (1, 5)}
     (run_folder / "eval.jsonl").write_text(json.dumps({"step": 50, "epoch": 4, "standard": videos}) + "\n")

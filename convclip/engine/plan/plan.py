@@ -13,7 +13,14 @@ import torch
 
 from convclip.config import UserError
 from convclip.engine.plan.memory import format_memory, plan_memory
-from convclip.engine.stages.groups import Stage, describe_amount, event_starts, reached_stages, training_stages
+from convclip.engine.stages.groups import (
+    Stage,
+    describe_amount,
+    event_starts,
+    reached_stages,
+    shown_groups,
+    training_stages,
+)
 from convclip.engine.stages.norms import about_norms
 from convclip.engine.stages.schedule import LearningRates, about_ema, peak_lr, shortened_warmups, warmup_steps
 from convclip.engine.stored.frozen import storable
@@ -92,6 +99,7 @@ def format_plan(plan: dict[str, Any]) -> str:
     else:
         lines.append("  steps per epoch: known once the data is (set rows_per_epoch to see the lr curve)")
     lines.append(f"{'stage':>5} {'begins':>10} {'visual':>13} {'text':>13} {'total':>13}  trainable parameters")
+    width = max(24, *(len(group["name"]) for stage in plan["stages"] for group in stage["groups"]))
     for number, stage in enumerate(plan["stages"]):
         begins = f"step {stage['step']}" if stage["step"] is not None else f"epoch {stage['epoch']}"
         count = stage["trainable"]
@@ -99,7 +107,7 @@ def format_plan(plan: dict[str, Any]) -> str:
         before = len(plan["stages"][number - 1]["groups"]) if number else 0
         for group in stage["groups"][before:]:
             lines.append(
-                f"{'':>7}+ {group['name']:<24} {group['parameters']:>13,}  lr x {group['lr_scale']:g}  "
+                f"{'':>7}+ {group['name']:<{width}} {group['parameters']:>13,}  lr x {group['lr_scale']:g}  "
                 f"weight decay {group['weight_decay']:g}"
             )
     lines += format_memory(plan["memory"]) if plan["memory"] else []
@@ -228,13 +236,13 @@ def _norm_notes(model: DualTower, recipe: Recipe, trainable: Set[str]) -> list[s
 
 
 def _lr_curve(recipe: Recipe, stages: list[Stage], steps_per_epoch: int, total: int) -> dict[str, Any]:
-    """lr of each group at some steps; None before a group is opened."""
+    """lr of each group that is shown at some steps; None before a group is opened."""
     steps = sorted({*range(0, total, max(1, total // CURVE_POINTS)), total - 1})
     rates = LearningRates(recipe, total, event_starts(stages, steps_per_epoch))
     curve: dict[str, list[float | None]] = {}
     for stage in stages:
         start = stage.start(steps_per_epoch)
-        for group in stage.opened:
+        for group in shown_groups(stage.opened):
             curve[group.name] = [
                 rates.at(step, group.name, group.lr_scale) if step >= start else None for step in steps
             ]

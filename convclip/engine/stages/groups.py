@@ -12,19 +12,21 @@ from dataclasses import dataclass, field
 
 from convclip.config import UserError
 from convclip.models.dual_tower import DualTower
-from convclip.models.layer_groups import locked_names, unlocked_names
+from convclip.models.layer_groups import layers_below_head, locked_names, unlocked_names
 from convclip.schema import Recipe, Unfreeze
 
 
 @dataclass(frozen=True)
 class Group:
-    """One optimizer group. Its lr is lr(step) x lr_scale; `event` numbers the unfreeze event that opened it."""
+    """One optimizer group. Its lr is lr(step) x lr_scale; `event` numbers the unfreeze event that opened it, `layer`
+    the tower's layer group, from the input on, where lr decays from layer to layer."""
 
     name: str
     parameters: tuple[str, ...]
     lr_scale: float
     weight_decay: float
     event: int | None = None
+    layer: int | None = None
 
 
 @dataclass(frozen=True)
@@ -69,7 +71,8 @@ def training_stages(model: DualTower, recipe: Recipe) -> list[Stage]:
     frozen = {name for tower in recipe.freezing.lock for name in locked_names(model, tower)}
     # The reference head of head alignment never trains, and no event opens it.
     trains = [name for name in shapes if name not in frozen and not name.startswith("reference.")]
-    groups = tuple(_groups(trains, shapes, recipe))
+    layers = _decayed_layers(model, recipe)
+    groups = tuple(_groups(trains, shapes, layers, recipe))
     if not groups:
         raise UserError("freezing.lock leaves no parameter to train: unlock a tower")
     stages = [Stage(0, None, groups, groups)]
@@ -83,7 +86,7 @@ def training_stages(model: DualTower, recipe: Recipe) -> list[Stage]:
                     f"freezing.unfreeze.{number} opens nothing that is still locked: remove it, or unlock more"
                 )
             frozen -= set(fresh)
-            opened += _groups(fresh, shapes, recipe, number, event.lr_scale or recipe.freezing.new_lr_scale)
+            opened += _groups(fresh, shapes, layers, recipe, number, event.lr_scale or recipe.freezing.new_lr_scale)
         at_start = not (epoch or step)
         before = stages.pop() if at_start else stages[-1]
         begun = before.opened if at_start else ()
@@ -102,6 +105,21 @@ def reached_stages(model: DualTower, recipe: Recipe, steps_per_epoch: int | None
         return [stage for stage in stages if stage.epoch is None or stage.epoch < recipe.epochs]
     total = min(steps_per_epoch * recipe.epochs, recipe.max_steps or steps_per_epoch * recipe.epochs)
     return [stage for stage in stages if stage.start(steps_per_epoch) < total]
+
+
+def shown_groups(groups: Iterable[Group]) -> list[Group]:
+    """The groups whose lr a log or a figure shows: of a tower's layers only the lowest and the highest of an event."""
+    groups = list(groups)
+    opened: dict[tuple[str, int | None], list[int]] = {}
+    for group in groups:
+        if group.layer is not None:
+            opened.setdefault((part_of(group.parameters[0]), group.event), []).append(group.layer)
+    ends = {key: (min(layers), max(layers)) for key, layers in opened.items()}
+    return [
+        group
+        for group in groups
+        if group.layer is None or group.layer in ends[part_of(group.parameters[0]), group.event]
+    ]
 
 
 def event_starts(stages: Iterable[Stage], steps_per_epoch: int) -> dict[str, int]:
@@ -125,22 +143,42 @@ def _by_time(events: Iterable[Unfreeze]) -> list[tuple[tuple[int | None, int | N
     return list(times.items())
 
 
+def _decayed_layers(model: DualTower, recipe: Recipe) -> dict[str, tuple[int, float]]:
+    """The layer group of each parameter whose lr decays by layer, and the factor on its lr: decay^(groups up to the
+    head). A layer's depth is the tower's, whenever it opens."""
+    found = {}
+    for tower, decay in recipe.optim.layer_decay.items():
+        layers = layers_below_head(model, tower) if decay != 1 else []
+        found.update(
+            {name: (number, decay ** (len(layers) - number)) for number, names in enumerate(layers) for name in names}
+        )
+    return found
+
+
 def _groups(
-    names: Iterable[str], ndims: dict[str, int], recipe: Recipe, event: int | None = None, new_scale: float = 1.0
+    names: Iterable[str],
+    ndims: dict[str, int],
+    layers: dict[str, tuple[int, float]],
+    recipe: Recipe,
+    event: int | None = None,
+    new_scale: float = 1.0,
 ) -> list[Group]:
-    """Groups of `names` by part and by weight decay (none for gains, biases and logit_scale: fewer than two axes)."""
-    gathered: dict[tuple[str, bool], list[str]] = {}
+    """Groups of `names` by part, by layer where lr decays by layer, and by weight decay (none for gains, biases and
+    logit_scale: fewer than two axes)."""
+    gathered: dict[tuple[str, int | None, float, bool], list[str]] = {}
     for name in names:
-        gathered.setdefault((part_of(name), ndims[name] >= 2), []).append(name)
+        layer, factor = layers.get(name, (None, 1.0))
+        gathered.setdefault((part_of(name), layer, factor, ndims[name] >= 2), []).append(name)
     scales: dict[str, float] = dict(recipe.optim.part_lr_scale.items())
     suffix = "" if event is None else f".event{event}"
     return [
         Group(
-            f"{part}{suffix}.{'decay' if decays else 'no_decay'}",
+            f"{part}{suffix}{'' if layer is None else f'.layer{layer:02}'}.{'decay' if decays else 'no_decay'}",
             tuple(members),
-            new_scale * scales.get(part, 1.0),
+            new_scale * scales.get(part, 1.0) * factor,
             recipe.optim.weight_decay if decays else 0.0,
             event,
+            layer,
         )
-        for (part, decays), members in gathered.items()
+        for (part, layer, factor, decays), members in gathered.items()
     ]

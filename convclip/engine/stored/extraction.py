@@ -64,6 +64,7 @@ class Extraction:
         assert views is not None  # `store_identity` refuses a recipe without
         self.views = views
         self.batch, self.workers = recipe.evaluation.batch, recipe.data.workers
+        self.rows = rows_at_a_time(recipe)
         shape = map_shape(self.model, recipe.model.image.image_size, self.work.boundary)
         self.arrays = self.work.arrays(recipe, shape, dtype, self.teacher.width if self.teacher else 0)
 
@@ -102,20 +103,23 @@ class Extraction:
             own = ids[ids % self.views.count == view]
             numbers = [number_of[int(item) // self.views.count] for item in own]
             first = 0
-            for _, pixels in data.read_views(numbers, self.views, view, self.batch, self.workers):
+            for _, pixels in data.read_views(numbers, self.views, view, self.rows, self.workers):
                 yield own[first : first + len(pixels)], self._images(pixels.to(self.device))
                 first += len(pixels)
 
     @torch.no_grad()
     def _images(self, pixels: Tensor) -> dict[str, Tensor]:
-        rows = {}
+        rows, count = {}, len(pixels)
+        if count < self.rows:
+            # The last ones: filled up, for the reason that `rows_at_a_time` gives.
+            pixels = pixels[torch.arange(self.rows, device=pixels.device) % count]
         if self.work.boundary:
             tower = self.recipe.model.image
             images = normalize(pixels, tower.mean, tower.std, self.dtype)
             rows["image_map"] = self.model(images, stop=Cut(self.work.boundary)).image.cpu()
         if self.teacher is not None:
             rows["teacher_image"] = self.teacher.encode_image(pixels).cpu()
-        return rows
+        return {name: values[:count] for name, values in rows.items()}
 
     @torch.no_grad()
     def _captions(self, data: EvaluationSet, ids: np.ndarray) -> Iterator[ComputedRows]:
@@ -133,6 +137,20 @@ class Extraction:
                 rows["teacher_text"] = self.teacher.encode_text(tokens[1]).cpu()
             yield ids[first : first + len(tokens[0])], rows
             first += len(tokens[0])
+
+
+def rows_at_a_time(recipe: Recipe) -> int:
+    """How many images are computed together: as many as in a live run, at most `evaluation.batch`.
+
+    Convolutions of small maps choose their algorithm by the size of the batch, and round otherwise: with another one,
+    features of MobileNets, FastViT and RepViT differ by some 1e-6 from those of a live run.
+    """
+    try:
+        rows, _ = recipe.batch.per_rank(world_size())
+    except UserError:
+        # Another number of ranks will train from the store.
+        return recipe.evaluation.batch
+    return min(rows, recipe.evaluation.batch)
 
 
 def extract(work: Extraction, path: Path) -> None:

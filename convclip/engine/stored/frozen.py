@@ -86,9 +86,8 @@ def recipe_views(recipe: Recipe) -> Views | None:
     count, image = recipe.features.view_count, recipe.model.image
     if count is None:
         return None
-    size, interpolation = image.image_size, image.interpolation
-    train = TrainTransform(size, recipe.data.crop_scale, interpolation)
-    return Views(count, recipe.seed, train, EvalTransform(size, interpolation))
+    evaluation = EvalTransform(image.image_size, image.interpolation)
+    return Views(count, recipe.seed, TrainTransform.of(recipe.data, image), evaluation)
 
 
 def store_identity(

@@ -33,6 +33,7 @@ pytestmark = pytest.mark.launch
 
 LOCKED = {"lock": ["image", "text"], "unfreeze": []}
 ALIGN = {"kind": "mse", "weight": 0.5}
+AUGMENTED = {"data__random_erasing": 0.5, "data__color_jitter": [0.4, 0.4, 0.4, 0.1], "data__crop_scale": [0.33, 1.0]}
 # (world, ds_config, views, what else): each runs live and from the store.
 CASES: dict[str, tuple[int, str, int, dict[str, Any]]] = {
     "one view, ZeRO 0": (1, "zero0_fp32", 1, {}),
@@ -50,7 +51,7 @@ CASES: dict[str, tuple[int, str, int, dict[str, Any]]] = {
     ),
     "two ranks, three views, head alignment, ZeRO 1": (2, "zero1_fp32", 3, {"head_alignment": ALIGN}),
     "two ranks, accumulation, ZeRO 2": (2, "zero2_fp32", 1, {"batch__accumulation": 2}),
-    "two ranks, chunked, three views, ZeRO 3": (2, "zero3_fp32", 3, {"batch__micro": 2}),
+    "two ranks, chunked, three augmented views, ZeRO 3": (2, "zero3_fp32", 3, {"batch__micro": 2, **AUGMENTED}),
     "bf16": (1, "zero2_bf16", 1, {"head_alignment": ALIGN}),
 }
 TOLERANCE = {"bf16": 2e-2}
