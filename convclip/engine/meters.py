@@ -93,6 +93,9 @@ class RunLog:
     def evaluation(self, row: dict[str, Any], table: str) -> None:
         """One evaluation: a line of eval.jsonl, TensorBoard scalars and a printed table."""
         scalars = {f"eval_{protocol}": row.get(protocol, {}) for protocol in ("standard", "rowwise")}
+        scalars |= {
+            f"eval_ema_{protocol}": row.get("ema", {}).get(protocol, {}) for protocol in ("standard", "rowwise")
+        }
         self._write("eval.jsonl", row, scalars)
         for line in table.splitlines():
             logger.info(line)

@@ -47,7 +47,7 @@ def in_stages(files, folder, names):
         "live": (f"video.teachers=[{files}/teacher.safetensors]",),
         "two": (f"video.teachers=[{files}/teacher.h5,{files}/teacher.safetensors]",),
         "ce": ("video.coarse=ce", "video.weights=[1, 10, 1]"),
-        "alone": ("video.teachers=[]", "video.weights=[1, 0, 0]"),
+        "alone": ("video.teachers=[]", "video.weights=[1, 0, 0]", "optim.ema_decay=0.5"),
         "accumulated": ("batch.accumulation=2",),
         "unfrozen": (LOCKED, "freezing.unfreeze=[{epoch: 1, tower: text, layers: 1}]", "features=fill"),
         "locked": (LOCKED,),
@@ -63,6 +63,13 @@ def found(files, tmp_path_factory):
     folder = tmp_path_factory.mktemp("runs")
     names = ("stored", "live", "two", "ce", "alone", "accumulated", "unfrozen", "locked", "filled")
     return run_ranks(1, in_stages, files, str(folder), names), folder
+
+
+def test_a_moving_average_is_scored_too(found):
+    start, *evaluations = rows(found[1] / "alone" / "eval.jsonl")
+    assert "ema" not in start and len(evaluations) == 3
+    assert all(row["ema"]["standard"].keys() == row["standard"].keys() for row in evaluations)
+    assert "the moving average of the weights (optim.ema_decay 0.5):" in (found[1] / "alone" / "train.log").read_text()
 
 
 def test_a_run_learns_and_reports_recalls_and_parts(found):

@@ -100,6 +100,7 @@ class StagedEngine:
         self._build(max(number for number, start in enumerate(self.starts) if start < total_steps or number == 0))
         yield
         dismantle(self.engine)
+        self.average.begin(())
 
     def start(self, begin: Start) -> None:
         """Build the engine for the stage of the run's state, with all that a checkpoint has of the optimizer."""
@@ -147,9 +148,11 @@ class StagedEngine:
     def evaluating(self, ema: bool = False) -> Iterator[None]:
         """The model in eval mode and without gradient, with running statistics that all ranks share.
 
-        `ema`: with the moving average as its weights; training then goes on as if that had not been evaluated.
+        `ema`: with the moving average as its weights; training then goes on as if that had not been evaluated. The
+        weights are evaluated before it: averaging equal statistics once more may change their last digit.
         """
-        average_running_statistics(self._model)
+        if not ema:
+            average_running_statistics(self._model)
         self.engine.eval()
         random = RandomState.now()
         with torch.no_grad(), self.average.as_weights(self.engine) if ema else contextlib.nullcontext():
