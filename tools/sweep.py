@@ -3,7 +3,7 @@
     python tools/sweep.py --recipe … --ds_config … --train_data … --val_data … --output_dir sweeps/lr
         --set optim.lr=1e-4,3e-4,1e-3 --set optim.betas=[0.9,0.98],[0.9,0.95]
     … --random 40 --set optim.lr=log:1e-5..1e-2 --set optim.weight_decay=0..0.3
-    … --set optim.lr=1e-4,1e-3 --set model.image.head=attention_pool,average_linear
+    … --set optim.lr=1e-4,1e-3 --set model.image.head=attention_pool,attention_pool_linear
     … --set loss.kind,model.init_logit_bias=[softmax,null],[sigmoid,-10]
 
 Values make a grid; --random N draws points, from ranges too. A setting with one value is for all runs. What the store

@@ -29,8 +29,11 @@ WORDS = {
 HOLDS = {"text": "text embeddings", "frames_stored": "frame embeddings", "text_stored": "text embeddings"}
 DATA = ("captions_sha256", "view_ids", "image_ids", "caption_ids", "video_ids")
 ONE_OF_IMAGES = "an image recipe"
-# Fields of an image recipe's model that no stored feature comes from: its head always trains, above what is stored.
-NEVER_STORED = ("image.head", "init_logit_scale", "init_logit_bias")
+# Fields of an image recipe's model that no stored feature comes from.
+NEVER_STORED = ("init_logit_scale", "init_logit_bias")
+# An image recipe's head always trains, above what is stored, which is all the same for heads that begin alike: these
+# take the trunk's map, or what its own pool makes of that, as those they stand for.
+HEAD_LIKE = {"attention_pool_linear": "attention_pool", "mlp": "average_linear"}
 
 
 def check_identity(path: Path, found: Mapping[str, Any], wanted: Mapping[str, Any]) -> None:
@@ -110,6 +113,7 @@ def _stores_alike(found: Mapping[str, Any], wanted: Mapping[str, Any]) -> bool:
         except (ValueError, AttributeError):
             return False
         kept = {name: value for name, value in fields.items() if name not in NEVER_STORED}
+        kept["image.head"] = HEAD_LIKE.get(fields.get("image.head"), fields.get("image.head"))
         if not wanted["text"]:
             kept = {name: value for name, value in kept.items() if name.startswith("image.")}
         sides.append(kept)

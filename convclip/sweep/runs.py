@@ -12,7 +12,9 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import gc
 import json
+import logging
 import os
 import time
 from collections.abc import Callable
@@ -82,7 +84,7 @@ class Sweep:
     def swept(self, recipe: Recipe) -> Recipe:
         """The recipe of a run: stored, without events, and for the sweep's epochs. Errors: UserError."""
         recipe = open_task(recipe).recipe
-        features = Features(mode="store", store=str(self.store), views=recipe.features.view_count or 1)
+        features = Features(mode="store", store=str(self.store), views=recipe.features.views)
         changed: dict[str, Any] = {
             "features": features,
             "freezing": recipe.freezing.model_copy(update={"unfreeze": ()}),
@@ -167,6 +169,10 @@ def run_points(
     """Run what is not there yet; each result is reported as it comes. On all ranks; silent. Errors: UserError."""
     evaluations: dict[str, FrozenRetrieval] = {}
     results = []
+    # It would say of each run that diverges which steps were skipped; so does the run's own log.
+    logging.getLogger("DeepSpeed").setLevel(logging.ERROR)
+    # What is there by now stays: the collections below need not walk it.
+    gc.freeze()
     with open(os.devnull, "w") as nowhere:
         for point, recipe in zip(points, recipes, strict=True):
             run, folder = sweep.swept(recipe), sweep.folder / "runs" / point.name
@@ -175,6 +181,8 @@ def run_points(
                 result = Result(dict(point.settings), str(folder))
                 with contextlib.redirect_stdout(nowhere), contextlib.redirect_stderr(nowhere):
                     _run(sweep, run, folder, result, _shared_evaluation(evaluations, run, work))
+                # Models and engines refer to themselves: without this, those of several runs would wait in memory.
+                gc.collect()
             results.append(result)
             report(result)
     return results
