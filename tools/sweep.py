@@ -19,9 +19,9 @@ import sys
 from pathlib import Path
 
 from convclip.command_line import add_local_rank, add_overrides, run
-from convclip.config import Recipe, UserError, load_recipe, with_flags
+from convclip.config import UserError
 from convclip.data.workers import plain_worker_errors
-from convclip.sweep.points import Point, make_points, split_settings
+from convclip.sweep.points import Point, load_points, make_points, split_settings
 
 
 def parse_arguments() -> argparse.Namespace:
@@ -42,28 +42,15 @@ def parse_arguments() -> argparse.Namespace:
     return parser.parse_args()
 
 
-def load_points(options: argparse.Namespace, fixed: list[str], points: list[Point]) -> tuple[Recipe, list[Recipe]]:
-    """The recipe without what is swept, and that of each point. Errors: UserError."""
-    data = {"data.train": ("--train_data", options.train_data), "data.val": ("--val_data", options.val_data)}
-    base, recipes = load_recipe(options.recipe, with_flags(fixed, data)), []
-    for point in points:
-        given = with_flags([*fixed, *point.overrides], data)
-        try:
-            recipes.append(load_recipe(options.recipe, given))
-        except UserError as error:
-            raise UserError(
-                f"{point.label}: {error}; settings that go together are given together: --set KEY,KEY=[1,2],[3,4]"
-            ) from None
-    return base, recipes
-
-
 @plain_worker_errors()
 def sweep_over(options: argparse.Namespace, fixed: list[str], points: list[Point]) -> None:
     """Check all points, fill the store, run, rank."""
-    base, recipes = load_points(options, fixed, points)
+    data = {"data.train": ("--train_data", options.train_data), "data.val": ("--val_data", options.val_data)}
+    base, recipes = load_points(options.recipe, fixed, points, data)
     from convclip.distributed import is_main, on_main
     from convclip.engine.zero.launcher import start_processes
-    from convclip.files import Lock, writing
+    from convclip.files import writing
+    from convclip.locks import Lock
     from convclip.sweep.ranking import Progress, finish
     from convclip.sweep.runs import Sweep, check_points, fill_store, open_folder, run_points
 
@@ -73,7 +60,7 @@ def sweep_over(options: argparse.Namespace, fixed: list[str], points: list[Point
     work = check_points(sweep, points, recipes)
     with writing(folder, "--output_dir"):
         folder.mkdir(parents=True, exist_ok=True)
-    lock = Lock(folder / "sweep.lock", folder)
+    lock = Lock(folder / "sweep.lock", f"--output_dir {folder}", heartbeat=True)
     on_main(lambda: lock.acquire() and None)
     try:
         on_main(lambda: open_folder(sweep))

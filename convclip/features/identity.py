@@ -113,7 +113,8 @@ def _stores_alike(found: Mapping[str, Any], wanted: Mapping[str, Any]) -> bool:
         except (ValueError, AttributeError):
             return False
         kept = {name: value for name, value in fields.items() if name not in NEVER_STORED}
-        kept["image.head"] = HEAD_LIKE.get(fields.get("image.head"), fields.get("image.head"))
+        head = str(fields.get("image.head"))
+        kept["image.head"] = HEAD_LIKE.get(head, head)
         if not wanted["text"]:
             kept = {name: value for name, value in kept.items() if name.startswith("image.")}
         sides.append(kept)

@@ -16,11 +16,11 @@ import json
 import math
 import random
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from convclip.config import UserError, takes_whole_numbers
+from convclip.config import Recipe, UserError, load_recipe, takes_whole_numbers, with_flags
 from convclip.documents import parse_yaml
 
 MOST_POINTS = 1000
@@ -137,6 +137,22 @@ def make_points(swept: Sequence[Choices | Range], count: int | None, seed: int) 
         if len(points) == count:
             return list(points.values())
     raise UserError(f"--random {count}: there are only {len(points)} different points, ask for so many or widen them")
+
+
+def load_points(
+    recipe: str, fixed: Sequence[str], points: Sequence[Point], flags: Mapping[str, tuple[str, str | None]]
+) -> tuple[Recipe, list[Recipe]]:
+    """The recipe without what is swept, and that of each point; `flags` as of `with_flags`. Errors: UserError."""
+    base, recipes = load_recipe(recipe, with_flags(fixed, flags)), []
+    for point in points:
+        given = with_flags([*fixed, *point.overrides], flags)
+        try:
+            recipes.append(load_recipe(recipe, given))
+        except UserError as error:
+            raise UserError(
+                f"{point.label}: {error}; settings that go together are given together: --set KEY,KEY=[1,2],[3,4]"
+            ) from None
+    return base, recipes
 
 
 def _point(swept: Sequence[Choices | Range], values: Sequence[tuple[Any, ...]]) -> Point:

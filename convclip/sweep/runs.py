@@ -201,7 +201,7 @@ def _run(sweep: Sweep, recipe: Recipe, folder: Path, result: Result, evaluation:
     """Train one point; `result` gets what came of it."""
     started = time.perf_counter()
     try:
-        summary = train_recipe(recipe, sweep.ds_config, folder, evaluation=evaluation, keep_weights=False)
+        summary = train_recipe(recipe, sweep.ds_config, folder, shared=evaluation)
         result.best = summary["best"]
         result.failed = "" if result.best else "the loss was not finite at any evaluation"
     except CannotWrite:

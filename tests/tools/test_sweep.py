@@ -6,7 +6,6 @@ import contextlib
 import io
 import itertools
 import json
-import os
 import re
 import runpy
 import shlex
@@ -19,7 +18,7 @@ import pytest
 from PIL import Image
 
 from convclip.config import load_recipe
-from convclip.files import Lock
+from convclip.locks import Lock
 from tests.conftest import REPOSITORY
 from tests.engine.small_run import arguments
 from tests.engine.stored.frozen_run import make_frozen_files
@@ -263,7 +262,6 @@ def test_one_sweep_at_a_time_in_a_folder(files, tmp_path):
 
 
 @pytest.mark.full
-@pytest.mark.skipif("CONVCLIP_FULL" not in os.environ, reason="make test-full runs it")
 def test_two_ranks_train_each_run_together(files, tmp_path):
     sets = ["optim.lr=1e-3,1e-2"]
     done = run_script(*command(files, tmp_path / "sweep", sets=sets), world=2)
