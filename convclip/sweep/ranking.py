@@ -144,11 +144,13 @@ def draw(path: Path, results: Sequence[Result]) -> None:
     values = [result.settings[across] for result in results]
     if min(values) > 0 and max(values) / min(values) >= 5:
         panel.set_xscale("log")
-    panel.set_ylim(bottom=0)
+        panel.xaxis.set_minor_formatter(lambda value, _: "")
+    panel.set_ylim(bottom=0, top=1.08 * max(result.best.get("mean_r1", 0.0) for result in results) or 1.0)
+    panel.set_title(path.parent.resolve().name, fontweight="bold")
     panel.grid(alpha=0.25)
     panel.spines[["top", "right"]].set_visible(False)
     if panel.get_legend_handles_labels()[0]:
-        panel.legend(frameon=False, fontsize=9)
+        panel.legend(frameon=False, fontsize=9, loc="upper center", bbox_to_anchor=(0.5, -0.12), ncols=2)
     figure.savefig(buffer := io.BytesIO(), format="png")
     with whole_file(path, "--output_dir") as part:
         part.write_bytes(buffer.getvalue())
