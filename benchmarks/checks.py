@@ -66,7 +66,7 @@ def watch() -> None:
     LossWatch.add, LossWatch.read = timed("step check", LossWatch.add), timed("step check", LossWatch.read)
     update._is_finite = timed("step check", update._is_finite)
     StagedEngine.save = timed("save", StagedEngine.save)
-    checkpoint._refuse_not_finite = timed("save check", checkpoint._refuse_not_finite)
+    checkpoint.refuse_not_finite = timed("save check", checkpoint.refuse_not_finite)
     checkpoint_files.checksum = timed("save check", checkpoint_files.checksum)
 
 

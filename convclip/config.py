@@ -16,7 +16,17 @@ from pydantic import ValidationError
 from convclip.documents import parse_yaml, read_text
 from convclip.schema import Recipe, Section, UserError, stands_for
 
-__all__ = ["Recipe", "UserError", "first_problem", "list_recipes", "load_recipe", "nearest", "one_line", "with_flags"]
+__all__ = [
+    "Recipe",
+    "UserError",
+    "first_problem",
+    "list_recipes",
+    "load_recipe",
+    "nearest",
+    "one_line",
+    "takes_whole_numbers",
+    "with_flags",
+]
 
 # The override that stands for many fields.
 NAMED_MODEL = "model.open_clip"
@@ -97,6 +107,15 @@ def nearest(name: str, known: Sequence[str]) -> str:
     """`, did you mean …?` for a name that is close to a known one, else nothing."""
     close = difflib.get_close_matches(name[:100], known, n=1, cutoff=0.5)
     return f", did you mean {close[0]!r}?" if close else ""
+
+
+def takes_whole_numbers(key: str) -> bool:
+    """Whether the field `key` of a recipe takes integers, and no other numbers."""
+    *place, name = [part for part in key.split(".") if not part.isdecimal()]
+    section = _section_at(Recipe, place)
+    fields = {} if section is None else {field.alias or key: field for key, field in section.model_fields.items()}
+    kinds = _plain_types(fields[name].annotation) if name in fields else set()
+    return int in kinds and float not in kinds
 
 
 def one_line(message: str) -> str:
@@ -227,6 +246,12 @@ def _section_at(section: type[Section], place: Sequence[str]) -> type[Section] |
         if found is None:
             return None
     return found
+
+
+def _plain_types(annotation: Any) -> set[Any]:
+    """The classes in an annotation such as `Annotated[int, …] | None`."""
+    inner = [part for part in getattr(annotation, "__args__", ()) if part is not annotation]
+    return {annotation}.union(*(_plain_types(part) for part in inner))
 
 
 def _section_of(annotation: Any) -> Any:

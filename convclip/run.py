@@ -14,7 +14,7 @@ from convclip.devices import PRECISIONS, current_device
 from convclip.distributed import alike, barrier, gather_objects, is_main, on_main, world_size
 from convclip.engine.meters import logger
 from convclip.engine.plan.plan import make_plan
-from convclip.engine.task import ImageTextTask, Task
+from convclip.engine.task import Evaluation, ImageTextTask, Task
 from convclip.files import write_text, writing
 from convclip.locks import Lock
 from convclip.models.batch_norm import synchronised, to_precision
@@ -48,17 +48,19 @@ def train_recipe(
     folder: str | Path,
     resume: str | Path = "never",
     resume_other_data: bool = False,
+    shared: Evaluation | None = None,
 ) -> dict[str, Any]:
     """Train `recipe` in this process group and return the summary.
 
     `resume`: never, auto, or the path of a checkpoint. With `resume_other_data` it may go on with other training data
-    than before: epochs, events and warm-up are then counted by the new steps per epoch. Errors: UserError.
+    than before: epochs, events and warm-up are then counted by the new steps per epoch. `shared` is the evaluation
+    on `data.val` of all runs of a sweep; such a run keeps its figures, and no weights. Errors: UserError.
     """
     folder = Path(folder)
     lock = Lock(folder / ".lock", f"--output_dir {folder}", heartbeat=True)
     try:
         dead = on_main(lambda: _only_run(lock, folder))
-        return _train(recipe, ds_config, folder, resume, resume_other_data, lock, dead)
+        return _train(recipe, ds_config, folder, resume, resume_other_data, lock, dead, shared)
     finally:
         lock.release()
 
@@ -79,6 +81,7 @@ def _train(
     resume_other_data: bool,
     lock: Lock,
     dead: str,
+    shared: Evaluation | None,
 ) -> dict[str, Any]:
     """`train_recipe` in a folder whose `lock` is held, taken from the `dead` run."""
     # Here and not above: --plan and the tools do without DeepSpeed, whose import takes seconds.
@@ -91,8 +94,10 @@ def _train(
     task = open_task(recipe)
     config = resolve_ds_config(load_ds_config(ds_config), recipe, world_size())
     device, dtype = current_device(), precision(config)
-    evaluation = task.evaluation(recipe.data.val) if recipe.data.val else None
-    start = replace(open_run_folder(folder, recipe, config, str(resume)), lock=lock)
+    evaluation = shared
+    if evaluation is None and recipe.data.val:
+        evaluation = task.evaluation(recipe.data.val)
+    start = replace(open_run_folder(folder, recipe, config, str(resume)), lock=lock, keeps_weights=shared is None)
     if dead:
         start.notes.append(f"the folder was that of a run which is dead: {dead}")
     store: str | Path | None = recipe.features.store

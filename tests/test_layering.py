@@ -37,6 +37,7 @@ MAY_IMPORT = {
     "engine": BELOW_ENGINE,
     "video": BELOW_ENGINE | {"engine"},
     "run": BELOW_ENGINE | {"engine", "video"},
+    "sweep": BELOW_ENGINE | {"engine", "run"},
 }
 # Rooms of the engine that know no DeepSpeed; in the others the engine's steps are taken.
 WITHOUT_DEEPSPEED = ("stages", "stored", "plan")

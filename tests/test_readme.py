@@ -14,6 +14,7 @@ from PIL import Image
 
 import convclip
 from convclip.config import list_recipes, load_recipe
+from convclip.sweep.points import load_points, make_points, split_settings
 from tests.test_recipes import SEED_RECIPES
 
 REPOSITORY = Path(__file__).parent.parent
@@ -94,7 +95,11 @@ def test_recipes_exist_and_take_the_overrides_shown():
     for command in SCRIPT_COMMANDS:
         words = dict(itertools.pairwise(command))
         overrides = [value for flag, value in itertools.pairwise(command) if flag == "--set"]
-        if "--recipe" in words and words["--recipe"] != "NAME":
+        if "tools/sweep.py" in command:
+            fixed, swept = split_settings(overrides)
+            points = make_points(swept, None, 0)
+            assert len(load_points(words["--recipe"], fixed, points, {})[1]) == len(points) > 1
+        elif "--recipe" in words and words["--recipe"] != "NAME":
             load_recipe(words["--recipe"], overrides)
 
 

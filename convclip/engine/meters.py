@@ -26,6 +26,10 @@ except ImportError:  # the `report` extra is not installed
 logger = logging.getLogger("convclip")
 
 
+class Diverged(UserError):
+    """A run stopped because its loss, gradient or weights are not finite."""
+
+
 class _LogFile(logging.FileHandler):
     """train.log; a line that cannot be written is told by the next row, not by a traceback for each."""
 
@@ -203,7 +207,7 @@ class LossWatch:
     def read(self) -> list[tuple[int, float]]:
         """Look at all steps since the last time: each with its mean loss over ranks.
 
-        Errors: UserError after max_bad_steps in a row that are not sound.
+        Errors: Diverged after max_bad_steps in a row that are not sound.
         """
         if not self._unread:
             return []
@@ -226,7 +230,7 @@ class LossWatch:
         skipped = "" if updated else ", update skipped"
         logger.warning(f"step {step}: {what}{skipped} ({self.bad_steps} in a row)")
         if self.bad_steps >= self.max_bad_steps:
-            raise UserError(
+            raise Diverged(
                 f"stopped at step {step}: {self.bad_steps} steps in a row without a finite loss and gradient; lower "
                 f"optim.lr, set optim.clip_grad_norm, or use bf16 or fp32; the last good checkpoint is kept"
             )

@@ -198,7 +198,7 @@ class Retrieval:
 
     def figures(self, encode: Encode, device: torch.device, dtype: torch.dtype) -> dict[str, Any]:
         """As Evaluation."""
-        return evaluate(_encoder(self.recipe, encode, device, dtype), self.dataset)
+        return evaluate(encoder_of(self.recipe, encode, device, dtype), self.dataset)
 
     def table(self, figures: dict[str, Any]) -> str:
         """As Evaluation; the first one says what rowwise means."""
@@ -224,7 +224,7 @@ class ZeroShot:
         """As Evaluation."""
         recipe, image = self.recipe, self.recipe.model.image
         transform, tokenizer = EvalTransform(image.image_size, image.interpolation), build_tokenizer(recipe.model.text)
-        encoder = _encoder(recipe, encode, device, dtype)
+        encoder = encoder_of(recipe, encode, device, dtype)
         return zero_shot_accuracy(encoder, self.classes, transform, tokenizer, recipe.data.max_image_pixels)
 
     def table(self, figures: dict[str, Any]) -> str:
@@ -235,7 +235,8 @@ class ZeroShot:
         )
 
 
-def _encoder(recipe: Recipe, encode: Encode, device: torch.device, dtype: torch.dtype) -> Encoder:
+def encoder_of(recipe: Recipe, encode: Encode, device: torch.device, dtype: torch.dtype) -> Encoder:
+    """How `recipe` says that an evaluation runs a model."""
     return Encoder(encode, recipe.model.image, device, dtype, recipe.evaluation.batch, recipe.data.workers)
 
 

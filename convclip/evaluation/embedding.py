@@ -73,8 +73,12 @@ def evaluate(encoder: Encoder, dataset: EvaluationSet) -> dict[str, Any]:
 
     The validation loss takes the captions in the set's order, `encoder.batch` at a time.
     """
-    found = embed(encoder, dataset)
-    figures = _figures(found, dataset.image_of_text.to(found.logit_scale.device), encoder.batch) if is_main() else None
+    return score(embed(encoder, dataset), dataset, encoder.batch)
+
+
+def score(found: Outputs, dataset: EvaluationSet, batch: int) -> dict[str, Any]:
+    """`evaluate` of embeddings that are there: those of all images [N, D] and captions [M, D], on every rank."""
+    figures = _figures(found, dataset.image_of_text.to(found.logit_scale.device), batch) if is_main() else None
     # Scored once: ranks that share a machine's cores would only slow one another down.
     return gather_objects(figures)[0]
 

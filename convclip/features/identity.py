@@ -29,15 +29,31 @@ WORDS = {
 HOLDS = {"text": "text embeddings", "frames_stored": "frame embeddings", "text_stored": "text embeddings"}
 DATA = ("captions_sha256", "view_ids", "image_ids", "caption_ids", "video_ids")
 ONE_OF_IMAGES = "an image recipe"
+# Fields of an image recipe's model that no stored feature comes from.
+NEVER_STORED = ("init_logit_scale", "init_logit_bias")
+# An image recipe's head always trains, above what is stored, which is all the same for heads that begin alike: these
+# take the trunk's map, or what its own pool makes of that, as those they stand for.
+HEAD_LIKE = {"attention_pool_linear": "attention_pool", "mlp": "average_linear"}
 
 
 def check_identity(path: Path, found: Mapping[str, Any], wanted: Mapping[str, Any]) -> None:
     """Raise UserError that says how the store at `path` differs in the first key of `wanted` whose value is another."""
+    difference = identity_difference(found, wanted)
+    if difference is not None:
+        raise UserError(f"{path}: {difference}; extract again, or use another file")
+
+
+def identity_difference(found: Mapping[str, Any], wanted: Mapping[str, Any]) -> str | None:
+    """How a store of identity `found` differs, in words, in the first key of `wanted` that is another; None: nowhere.
+
+    Of an image recipe's model counts only what the stored features come from.
+    """
     for key, value in wanted.items():
         if key not in found:
-            raise UserError(f"{path}: {_missing(key, found, value)}; extract again, or use another file")
-        if found[key] != value:
-            raise UserError(f"{path}: {_difference(key, found, wanted)}; extract again, or use another file")
+            return _missing(key, found, value)
+        if found[key] != value and not (key == "model" and _stores_alike(found, wanted)):
+            return _difference(key, found, wanted)
+    return None
 
 
 def _missing(key: str, found: Mapping[str, Any], value: Any) -> str:
@@ -85,22 +101,42 @@ def _views(theirs: str, ours: str) -> str:
     return f"made from other crops: {theirs}, the recipe has {ours}"
 
 
+def _stores_alike(found: Mapping[str, Any], wanted: Mapping[str, Any]) -> bool:
+    """Whether two models differ only in what no stored feature of theirs comes from."""
+    # A video's locked head is stored, too.
+    if "kind" in found or "text" not in wanted or found.get("text") != wanted["text"]:
+        return False
+    sides = []
+    for identity in (found, wanted):
+        try:
+            fields = flat(json.loads(identity["model"]))
+        except (ValueError, AttributeError):
+            return False
+        kept = {name: value for name, value in fields.items() if name not in NEVER_STORED}
+        head = str(fields.get("image.head"))
+        kept["image.head"] = HEAD_LIKE.get(head, head)
+        if not wanted["text"]:
+            kept = {name: value for name, value in kept.items() if name.startswith("image.")}
+        sides.append(kept)
+    return sides[0] == sides[1]
+
+
 def _model(theirs: str, ours: str) -> str:
-    """The first field in which two models, each as JSON, differ."""
+    """The first field in which two models, each as JSON, differ; one that matters to a store where there is any."""
     try:
-        fields = [_flat(json.loads(text)) for text in (theirs, ours)]
+        fields = [flat(json.loads(text)) for text in (theirs, ours)]
     except (ValueError, AttributeError):
         return f"its model is {theirs!r}, wanted is {ours!r}"
-    for name in sorted(fields[0].keys() | fields[1].keys()):
+    for name in sorted(fields[0].keys() | fields[1].keys(), key=lambda name: (name in NEVER_STORED, name)):
         found, wanted = (side.get(name, "not set") for side in fields)
         if found != wanted:
             return f"made with another model: model.{name} {found}, the recipe has {wanted}"
     return "made with another model"
 
 
-def _flat(values: Mapping[str, Any], place: str = "") -> dict[str, Any]:
+def flat(values: Mapping[str, Any], place: str = "") -> dict[str, Any]:
     """Nested fields by their dotted names."""
-    flat: dict[str, Any] = {}
+    fields: dict[str, Any] = {}
     for key, value in values.items():
-        flat |= _flat(value, f"{place}{key}.") if isinstance(value, dict) else {f"{place}{key}": value}
-    return flat
+        fields |= flat(value, f"{place}{key}.") if isinstance(value, dict) else {f"{place}{key}": value}
+    return fields

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from convclip.features.identity import check_identity
+from convclip.features.identity import check_identity, identity_difference
 from convclip.schema import UserError
 
 HASHES = "ab" * 32, "cd" * 32
@@ -61,3 +61,26 @@ def test_a_store_of_the_other_task_is_named():
         check_identity(Path("f.h5"), {"kind": "video towers"}, {"boundary": 3})
     with pytest.raises(UserError, match="it holds features of an image recipe, wanted are those of xclip"):
         check_identity(Path("f.h5"), {"boundary": 3}, {"kind": "xclip"})
+
+
+@pytest.mark.parametrize(
+    ("then", "now", "text", "words"),
+    [
+        ({"init_logit_bias": None}, {"init_logit_bias": -10.0}, True, None),
+        ({"image": {"head": "attention_pool"}}, {"image": {"head": "attention_pool_linear"}}, True, None),
+        ({"image": {"head": "mlp"}}, {"image": {"head": "average_linear"}}, True, None),
+        # These pool before the head: at the highest cut other things are stored.
+        ({"image": {"head": "attention_pool"}}, {"image": {"head": "mlp"}}, True, "model.image.head attention_pool"),
+        ({"image": {"head": "none"}}, {"image": {"head": "average_linear"}}, True, "model.image.head none"),
+        ({"image": {"drop_path": 0.0}}, {"image": {"drop_path": 0.1}}, True, "model.image.drop_path 0.0"),
+        ({"embed_dim": 16, "text": {"layers": 1}}, {"embed_dim": 8, "text": {"layers": 2}}, False, None),
+        ({"embed_dim": 16}, {"embed_dim": 8}, True, "model.embed_dim 16, the recipe has 8"),
+        ({"init_logit_scale": 1.0, "text": {"layers": 1}}, {"text": {"layers": 2}}, True, "model.text.layers 1"),
+    ],
+)
+def test_of_a_model_counts_what_is_stored(then, now, text, words):
+    found, wanted = ({"model": json.dumps(model), "boundary": 3, "text": text} for model in (then, now))
+    difference = identity_difference(found, wanted)
+    assert difference is None if words is None else words in difference, difference
+    # A video's locked head is stored.
+    assert identity_difference({**found, "kind": "video towers"}, {**wanted, "kind": "video towers"}) is not None

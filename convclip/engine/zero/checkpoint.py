@@ -22,6 +22,7 @@ from torch import Tensor, nn
 from convclip.config import UserError
 from convclip.devices import RandomState
 from convclip.distributed import alike, gather_objects, is_main, on_main, rank
+from convclip.engine.meters import Diverged
 from convclip.engine.zero.build import OptimizerSnapshot, restore_snapshot, take_snapshot
 from convclip.engine.zero.masters import MasterShard, is_replicated, master_shards
 from convclip.files import CannotWrite, publish, remove_folder, write_text, writing
@@ -65,7 +66,7 @@ def save_checkpoint(engine: DeepSpeedEngine, folder: Path, state: RunState, aver
     """
     target = folder / f"step-{state.step:08d}"
     part = target.with_name(target.name + ".part")
-    _refuse_not_finite(engine, state.step, averages)
+    refuse_not_finite(engine, state.step, averages)
 
     def clear() -> None:
         with writing(part):
@@ -151,8 +152,8 @@ def _clear_padding(shard: MasterShard, values: Iterable[Any]) -> None:
                 value.data.view(-1)[gap] = 0
 
 
-def _refuse_not_finite(engine: DeepSpeedEngine, step: int, averages: Sequence[Tensor]) -> None:
-    """UserError on every rank where masters, optimizer state or buffers of one are infinite or not a number."""
+def refuse_not_finite(engine: DeepSpeedEngine, step: int, averages: Sequence[Tensor]) -> None:
+    """Diverged on every rank where masters, optimizer state or buffers of one are infinite or not a number."""
     snapshot, found = take_snapshot(engine), None
     for shard, average in zip(master_shards(engine), averages, strict=False):
         # Of finite weights it is finite.
@@ -165,7 +166,7 @@ def _refuse_not_finite(engine: DeepSpeedEngine, step: int, averages: Sequence[Te
     bad = [name for name, value in _buffers(engine.module).items() if not is_finite(value)]
     problems = [problem for problem in gather_objects(found or (bad[0] if bad else None)) if problem]
     if problems:
-        raise UserError(
+        raise Diverged(
             f"stopped at step {step}, and not saved: {problems[0]} has values that are not finite; resume from the "
             f"last checkpoint with a lower optim.lr, set optim.clip_grad_norm, or use bf16 or fp32"
         )

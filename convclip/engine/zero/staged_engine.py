@@ -16,7 +16,14 @@ from convclip.distributed import alike, on_main, rank, world_size
 from convclip.engine.stages.groups import Stage, event_starts, training_stages
 from convclip.engine.stages.norms import norms_kept
 from convclip.engine.zero.build import build_engine, dismantle, rebuild_engine
-from convclip.engine.zero.checkpoint import load_checkpoint, move_pointer, remove_old, save_checkpoint, save_locked
+from convclip.engine.zero.checkpoint import (
+    load_checkpoint,
+    move_pointer,
+    refuse_not_finite,
+    remove_old,
+    save_checkpoint,
+    save_locked,
+)
 from convclip.engine.zero.ds_config import adapts_loss_scale, precision
 from convclip.engine.zero.masters import clamp_parameter, master_shards
 from convclip.engine.zero.moving_average import MovingAverage
@@ -32,13 +39,14 @@ from convclip.schema import Recipe, UserError
 class Start:
     """Where a run begins: the state it has there, the checkpoint that this is from (None for a new run), whether
     that `is_own`, in the run's folder, what the log should say of how it was found, and the main rank's `lock` of the
-    folder."""
+    folder. A run that `keeps_weights` not writes figures alone."""
 
     state: RunState
     checkpoint: Path | None = None
     is_own: bool = False
     notes: list[str] = field(default_factory=list)
     lock: Lock | None = None
+    keeps_weights: bool = True
 
 
 class StagedEngine:
@@ -86,10 +94,11 @@ class StagedEngine:
         """
         state, checkpoint = begin.state, begin.checkpoint
         self._lock = begin.lock
+        self._keeps_weights = begin.keeps_weights
         if checkpoint is not None:
             alike(lambda: load_weights(self._model, checkpoint))
         # What is locked is written by a run that begins in its folder: one of an earlier run there is not this one's.
-        if not begin.is_own:
+        if not begin.is_own and self._keeps_weights:
             state.locked = save_locked(self._model, self.stages[0].trainable, self.folder / "checkpoints", state.run)
         ever = self.stages[-1].trainable
         self._unopened = {n: p.detach().clone().cpu() for n, p in self._model.named_parameters() if n in ever}
@@ -164,12 +173,17 @@ class StagedEngine:
     def save(self, state: RunState, is_best: bool, keep_last: int) -> None:
         """Write a checkpoint on all ranks, point `latest` (and `best`) at it, and remove all but the newest and best.
 
+        A run that keeps no weights only makes sure that they are finite, as a checkpoint's have to be.
+
         Errors: UserError on every rank where one cannot write, or where another run has taken the folder over.
         """
         if self._lock is not None:
             on_main(self._lock.check)
         average_running_statistics(self._model)
         state = replace(state, stage=self.stage)
+        if not self._keeps_weights:
+            refuse_not_finite(self.engine, state.step, self.average.values)
+            return
         path = save_checkpoint(self.engine, self.folder / "checkpoints", state, self.average.values)
         # In this order: whoever reads a pointer in between finds a checkpoint that is there.
         move_pointer(self.folder, "latest", path)
