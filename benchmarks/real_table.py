@@ -53,9 +53,9 @@ class Experiment(NamedTuple):
 EXPERIMENTS = (
     Experiment("release", "first", None),
     Experiment("nofreeze", "all", (40.60, 29.39)),
-    Experiment("lite2_unfreeze", "all", None),
     Experiment("unfreeze", "all", (47.75, 34.52)),
     Experiment("cliptext_unfreeze", "all", (45.35, 32.97)),
+    Experiment("lite2_unfreeze", "all", None),
     Experiment("3stage", "second", (61.70, 45.43)),
     Experiment("distill_frozen", "second", (65.50, 48.61)),
     Experiment("distill_unfreeze", "second", (64.90, 47.44)),

@@ -153,9 +153,10 @@ class Campaign:
         sets = [*self.settings(experiment), f"seed={seed}"]
         asked = fingerprint(load_recipe(experiment.recipe, sets))
         launches = rows_of(folder / LAUNCHES)
-        if launches and launches[-1]["recipe"] != asked:
+        finished = bool(launches) and launches[-1]["exit"] == 0
+        if finished and launches[-1]["recipe"] != asked:
             raise UserError(f"{folder} is a run of other settings than the recipe's: remove it, or name a new folder")
-        if not launches or launches[-1]["exit"]:
+        if not finished:
             if recipe.freezing.lock and "image" in recipe.freezing.lock:
                 sets.append(f"features={json.dumps(str(self._store(experiment)))}")
             command = ["launch/train.py", "--recipe", experiment.recipe, "--ds_config", str(DS_CONFIG)]
