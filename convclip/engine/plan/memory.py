@@ -23,6 +23,7 @@ from convclip.engine.stages.groups import Stage
 from convclip.models import build_model
 from convclip.models.dual_tower import INPUT, DualTower
 from convclip.models.layer_groups import frozen_cut
+from convclip.models.teacher import model_sizes
 from convclip.schema import Recipe
 
 GIB = 2**30
@@ -278,7 +279,7 @@ def teacher_bytes(recipe: Recipe, size: int) -> int:
     """Weights of a teacher that runs beside the model; 0 where a store has its embeddings, or its size is not known."""
     if recipe.teacher is None or recipe.features.mode != "live":
         return 0
-    if open_clip.get_model_config(recipe.teacher.model) is None:
+    if model_sizes(recipe.teacher) is None:
         return 0
     logging.disable(logging.WARNING)  # open_clip warns that the weights are random
     with torch.device("meta"):

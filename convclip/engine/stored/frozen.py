@@ -8,7 +8,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import open_clip
 import torch
 from torch import Tensor
 
@@ -18,7 +17,7 @@ from convclip.features.layout import ArraySpec, estimate
 from convclip.features.reader import state_dict_sha256
 from convclip.models.dual_tower import Cut, DualTower
 from convclip.models.layer_groups import frozen_cut, layer_groups
-from convclip.models.teacher import weights_sha256
+from convclip.models.teacher import model_sizes, weights_sha256
 from convclip.schema import AS_BEFORE, Recipe, UserError
 
 # What --plan takes an image to have, where the data are not known.
@@ -174,4 +173,4 @@ def _teacher_width(recipe: Recipe) -> int:
     file = Path(name.removeprefix("local-dir:")) / "open_clip_config.json"
     if name.startswith("local-dir:") and file.is_file():
         return json.loads(file.read_text(encoding="utf-8-sig"))["model_cfg"]["embed_dim"]
-    return (open_clip.get_model_config(name) or {}).get("embed_dim", 0)
+    return (model_sizes(recipe.teacher) or {}).get("embed_dim", 0)
