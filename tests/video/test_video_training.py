@@ -140,11 +140,11 @@ def test_two_ranks_equal_one(files, tmp_path):
     for world, stages in ((1, [0]), (2, [0, 2, 3])):
         run_ranks(world, train_variants, files, str(tmp_path / f"world{world}"), stages)
     for name in ("0", "2", "3", "filled"):
-        reference = weights_of(tmp_path / "world1" / ("filled" if name == "filled" else "0"))
-        found = weights_of(tmp_path / "world2" / name)
+        alone, together = tmp_path / "world1" / ("filled" if name == "filled" else "0"), tmp_path / "world2" / name
+        reference, found = weights_of(alone), weights_of(together)
         worst = max((found[key] - value).abs().max().item() for key, value in reference.items())
         assert worst <= 2e-5, f"{name}: {worst}"
-        one, two = (rows(tmp_path / f"world{world}" / name / "eval.jsonl") for world in (1, 2))
+        one, two = (rows(folder / "eval.jsonl") for folder in (alone, together))
         assert [row["standard"] for row in one] == [row["standard"] for row in two]
 
 
