@@ -232,7 +232,7 @@ def main(options: argparse.Namespace) -> None:
     """Write both files anew, under the heading that the earlier one has."""
     heading = "# Real towers, real pictures"
     if options.output.is_file():
-        heading = options.output.read_text(encoding="utf-8").partition("\n\n| recipe ")[0]
+        heading = options.output.read_text(encoding="utf-8").partition(NOTES)[0].partition("\n\n| recipe ")[0].strip()
     write_table(options.runs, options.output, heading)
 
 
