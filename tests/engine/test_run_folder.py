@@ -441,7 +441,7 @@ def test_a_reader_finds_the_checkpoint_that_a_run_moved_on_to(tmp_path, monkeypa
     (run / "latest").write_text("checkpoints/step-00000003\n")
     load, loaded = checkpoint_weights.load_weights, []
 
-    def slow(model: Any, path: Path) -> None:
+    def slow(model: Any, path: Path, ema: bool = False) -> None:
         if path.name == "step-00000003":
             (run / "latest").write_text("checkpoints/step-00000009\n")
             shutil.rmtree(path)
