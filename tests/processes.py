@@ -28,7 +28,7 @@ from typing import Any
 
 import torch
 
-from tests.conftest import REPOSITORY
+from tests.conftest import FULL, REPOSITORY
 
 SECONDS = 400
 # The last ones are what DeepSpeed's first engine and a run's first log row import.
@@ -78,7 +78,8 @@ def run_in_world(world: int, function: Callable[..., Any], *arguments: Any) -> l
 def run_script(script: str, *arguments: str, world: int | None = None) -> subprocess.CompletedProcess:
     """A script of the repository as `python script arguments` at its root; with `world`, so many ranks of it.
 
-    The ranks find in the environment what a launcher puts there. Exit code and stderr are the first bad rank's.
+    The ranks find in the environment, and before the arguments, what the deepspeed launcher puts there. Exit code and
+    stderr are the first bad rank's.
     """
     shared = dict(os.environ)
     if world is not None:
@@ -87,8 +88,11 @@ def run_script(script: str, *arguments: str, world: int | None = None) -> subpro
         ranks = []
         for rank in range(world or 1):
             outputs = [Path(folder) / f"{rank}.{name}" for name in ("stdout", "stderr")]
-            given = shared if world is None else {**shared, "RANK": str(rank), "LOCAL_RANK": str(rank)}
-            ranks.append((forked().Process(target=_script, args=(script, arguments, given, *outputs)), outputs))
+            given, words = shared, arguments
+            if world is not None:
+                given = {**shared, "RANK": str(rank), "LOCAL_RANK": str(rank)}
+                words = (f"--local_rank={rank}", *arguments)
+            ranks.append((forked().Process(target=_script, args=(script, words, given, *outputs)), outputs))
             ranks[-1][0].start()
         deadline = time.monotonic() + SECONDS
         for child, _ in ranks:
@@ -109,6 +113,12 @@ def run(command: list[str]) -> subprocess.CompletedProcess:
     return subprocess.run(
         command, cwd=REPOSITORY, capture_output=True, text=True, timeout=SECONDS, check=False, env=dict(os.environ)
     )
+
+
+def run_launched(world: int, script: str, *arguments: str) -> subprocess.CompletedProcess:
+    """A script on `world` ranks: in `make test-full` under the real deepspeed launcher, whose start is what takes time;
+    test_training.py uses it in `make test` too."""
+    return run(launch(world, script, *arguments)) if FULL else run_script(script, *arguments, world=world)
 
 
 def launch(world: int, script: str, *arguments: str) -> list[str]:

@@ -108,6 +108,7 @@ def test_an_adjustment_is_torchvisions_bit_for_bit(mode):
         assert turn_hue(rgb, share).tobytes() == F.adjust_hue(rgb, share).tobytes()
 
 
+@pytest.mark.full
 def test_jittered_colours_are_distributed_as_torchvisions():
     """Means and spreads of an image's mean colours and contrast over many draws."""
     rows: list[list[list[float]]] = [[], []]

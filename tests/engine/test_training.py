@@ -8,6 +8,7 @@ import signal
 import subprocess
 import sys
 import time
+from pathlib import Path
 
 import pytest
 import torch
@@ -18,7 +19,7 @@ from convclip.schema import UserError
 from tests.conftest import FULL, REPOSITORY
 from tests.engine.plain_average import wrong_averages
 from tests.engine.small_run import arguments, make_files, train_alone, train_here, weights_of
-from tests.processes import launch, run, run_ranks, run_script
+from tests.processes import launch, run, run_launched, run_ranks, run_script
 from tools import export, export_open_clip
 
 pytestmark = pytest.mark.launch
@@ -35,9 +36,19 @@ def rows(path):
 
 @pytest.fixture(scope="module")
 def launched(files, tmp_path_factory):
-    """One run of two ranks under the deepspeed launcher; (completed process, its folder)."""
-    output = tmp_path_factory.mktemp("runs") / "two_ranks"
-    return run(launch(2, "launch/train.py", *arguments(files, output))), output
+    """One run of two ranks under the deepspeed launcher; (completed process, its folder).
+
+    It leaves no shared memory behind.
+    """
+    output, before = tmp_path_factory.mktemp("runs") / "two_ranks", shared_memory()
+    done = run(launch(2, "launch/train.py", *arguments(files, output)))
+    assert shared_memory() <= before
+    return done, output
+
+
+def shared_memory():
+    """Names of DeepSpeed's buffers in shared memory."""
+    return {path.name for path in Path("/dev/shm").glob("deepspeed_*")}
 
 
 def test_two_ranks_under_the_deepspeed_launcher(launched):
@@ -74,8 +85,8 @@ def test_lr_of_a_new_group_is_scaled_and_old_groups_keep_theirs(launched):
 
 def test_evaluation_by_its_own_command_finds_the_same_figures(launched, files, tmp_path):
     _, output = launched
-    command = launch(2, "launch/evaluate.py", "--checkpoint", str(output / "checkpoints" / "step-00000024"))
-    done = run([*command, "--data", str(files / "val-000000.tar"), "--output_dir", str(tmp_path)])
+    options = ["--checkpoint", str(output / "checkpoints" / "step-00000024"), "--output_dir", str(tmp_path)]
+    done = run_launched(2, "launch/evaluate.py", *options, "--data", str(files / "val-000000.tar"))
     assert done.returncode == 0, done.stdout + done.stderr
     (found,), (*_, trained) = rows(tmp_path / "eval.jsonl"), rows(output / "eval.jsonl")
     assert found["standard"] == trained["standard"]

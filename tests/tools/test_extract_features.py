@@ -20,7 +20,7 @@ from convclip.features.writer import FeatureWriter
 from tests.conftest import FULL
 from tests.engine.stored.frozen_run import call_script, make_frozen_files, make_recipe, overrides
 from tests.features.extraction import die_at_call
-from tests.processes import forked, free_port, launch, run
+from tests.processes import forked, free_port, run_launched
 
 pytestmark = pytest.mark.launch
 
@@ -46,7 +46,7 @@ def command(files: Path, output: Path, *more: str) -> list[str]:
 def extracted(files, tmp_path_factory):
     """(completed process, the store)."""
     output = tmp_path_factory.mktemp("store") / "features.h5"
-    return run(launch(2, *command(files, output))), output
+    return run_launched(2, *command(files, output)), output
 
 
 def content(path: Path) -> tuple[dict[str, Any], dict[str, torch.Tensor]]:
@@ -55,7 +55,7 @@ def content(path: Path) -> tuple[dict[str, Any], dict[str, torch.Tensor]]:
     return store.identity, {name: store.read(name, sorted(store.ids(name))) for name in store.arrays}
 
 
-def test_two_ranks_under_the_launcher(extracted):
+def test_two_ranks(extracted):
     done, output = extracted
     assert done.returncode == 0, done.stdout + done.stderr
     assert "72 views, 48 captions" in done.stdout and "GiB when done" in done.stdout

@@ -18,7 +18,7 @@ from convclip.features.reader import FeatureStore
 from convclip.schema import UserError
 from tests.conftest import REPOSITORY
 from tests.engine.small_run import weights_of
-from tests.processes import launch, run, run_ranks, run_script
+from tests.processes import run_launched, run_ranks, run_script
 from tests.video.small_video import overrides, train_here, with_stores
 
 pytestmark = pytest.mark.launch
@@ -198,8 +198,8 @@ def test_two_ranks_extract_train_and_evaluate(files, tmp_path):
     given = ["--recipe", str(files / "small.yaml"), "--train_data", str(files / "train.csv")]
     sets = [part for value in overrides(files, teachers=False)[1:3] for part in ("--set", value)]
     store, output = tmp_path / "teacher.h5", tmp_path / "run"
-    command = launch(2, "tools/extract_features.py", "--kind", "xclip", "--teacher", str(files / "teacher.safetensors"))
-    done = run([*command, *given, *sets, "--output", str(store)])
+    teacher = ["--kind", "xclip", "--teacher", str(files / "teacher.safetensors"), "--output", str(store)]
+    done = run_launched(2, "tools/extract_features.py", *teacher, *given, *sets)
     assert done.returncode == 0, done.stdout + done.stderr
     estimated = int(done.stdout.split(" bytes)")[0].split("(")[-1])
     alone, joined = FeatureStore(files / "teacher.h5"), FeatureStore(store)

@@ -16,6 +16,7 @@ from convclip.engine.stages.groups import Group, shown_groups, training_stages
 from convclip.models import build_model
 from convclip.run import plan_recipe
 from convclip.schema import Recipe
+from tests.conftest import FULL
 
 OFF: tuple[str, ...] = ("optim.layer_decay=1", "optim.layer_decay=null", "optim.layer_decay={image: 1.0}")
 EVENTS = (
@@ -40,7 +41,10 @@ def scales_of(groups: list[Group] | tuple[Group, ...]) -> dict[str, float]:
     return dict(found)
 
 
-@pytest.mark.parametrize("backbone", ["convnext_atto", "tf_efficientnet_lite0", "resnet18", "fastvit_t8"])
+TRUNKS = ("convnext_atto", "resnet18", "tf_efficientnet_lite0", "fastvit_t8")
+
+
+@pytest.mark.parametrize("backbone", TRUNKS if FULL else TRUNKS[:2])
 def test_a_trunks_scales_and_groups_are_timms(backbone):
     recipe = load_recipe("demo", [f"model.image.backbone={backbone}", "freezing={}", "optim.layer_decay={image: 0.8}"])
     with torch.device("meta"):
