@@ -78,6 +78,8 @@ class Lock:
             return
         try:
             holder = self.path.read_text("utf-8", "replace")
+        except FileNotFoundError:
+            holder = "a process that is done by now"
         except OSError:
             holder = ""
         if holder not in (self._name, ""):

@@ -21,7 +21,7 @@ from convclip.models.batch_norm import synchronised, to_precision
 from convclip.models.checkpoint_weights import RunState, checkpoint_path, load_from, recipe_of
 from convclip.models.dual_tower import DualTower
 from convclip.models.hf_folder import with_encoder
-from convclip.schema import Recipe
+from convclip.schema import Recipe, UserError
 from convclip.video.video_task import VideoTask
 
 
@@ -185,6 +185,8 @@ def _evaluated_as(precision: str, trained: str, overrides: Sequence[str]) -> str
 
 def _open_output(folder: Path) -> None:
     """Make the folder for eval.jsonl; CannotWrite before the work, not after it."""
+    if (folder / "recipe.yaml").exists():
+        raise UserError(f"--output_dir {folder} is a run's folder, whose eval.jsonl this would replace: name another")
     with writing(folder, "--output_dir"):
         folder.mkdir(parents=True, exist_ok=True)
         if (folder / "eval.jsonl").is_dir():

@@ -165,6 +165,10 @@ def test_one_that_stood_still_finds_out_before_it_writes(tmp_path, monkeypatch, 
         assert in_child(second) == -signal.SIGKILL
         with pytest.raises(UserError, match=r"the run: .*host other, .*has taken it over from this process"):
             first.check()
+        path.unlink()
+        with pytest.raises(UserError, match="the run: a process that is done by now has taken it over"):
+            first.check()
+        path.write_text("another's, host other, pid 1, since now")
     # What is no longer its own it leaves there.
     assert "host other" in path.read_text()
 

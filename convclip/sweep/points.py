@@ -168,7 +168,7 @@ def _range(keys: tuple[str, ...], text: str, override: str) -> Range | None:
     low, high, log = float(found[2]), float(found[3]), bool(found[1])
     if len(keys) > 1:
         raise UserError(f"--set {override}: a range is of one field, settings that go together are lists")
-    if not low < high or not math.isfinite(high):
+    if not low < high or not math.isfinite(low) or not math.isfinite(high):
         raise UserError(f"--set {override}: a range goes from a smaller number to a larger one")
     if log and low <= 0:
         raise UserError(f"--set {override}: a range in the logarithm begins above 0")

@@ -22,9 +22,10 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
+from pydantic import ValidationError
 from torch import dtype as TorchDtype
 
-from convclip.config import UserError, load_recipe
+from convclip.config import UserError, first_problem, load_recipe
 from convclip.distributed import on_main, world_size
 from convclip.documents import parse_json, read_text
 from convclip.engine.meters import Diverged
@@ -91,7 +92,11 @@ class Sweep:
         }
         if self.epochs is not None:
             changed["epochs"] = self.epochs
-        return recipe.model_copy(update=changed)
+        try:
+            # Checked anew: what a live run does may do nothing in one from a store.
+            return Recipe.model_validate(recipe.model_copy(update=changed).model_dump(by_alias=True))
+        except ValidationError as error:
+            raise UserError(f"recipe {recipe.name}, from a store: {first_problem(error, Recipe)}") from None
 
 
 def check_points(sweep: Sweep, points: list[Point], recipes: list[Recipe]) -> FrozenWork:
@@ -107,6 +112,12 @@ def check_points(sweep: Sweep, points: list[Point], recipes: list[Recipe]) -> Fr
         if sweep.epochs is not None and key == "epochs":
             raise UserError("--epochs and --set epochs=… both set the epochs: give one of them")
     base = sweep.swept(sweep.base)
+    if base.features.view_count == 1 and any(
+        key.startswith("data.crop_scale") for p in points for key, _ in p.settings
+    ):
+        raise UserError(
+            "--set data.crop_scale changes nothing where an image has one view: set features.views to 2 or more"
+        )
     work, wanted = _identity(base, sweep.dtype)
     seen = {_stored_part(base)}
     for point, recipe in zip(points, recipes, strict=True):
@@ -209,6 +220,9 @@ def _run(sweep: Sweep, recipe: Recipe, folder: Path, result: Result, evaluation:
     except Diverged as error:
         result.failed = str(error)
     except UserError as error:
+        if world_size() > 1:
+            # It may be of this rank alone, and the others would wait for it.
+            raise
         # Of this point, such as a batch larger than the data. It may be mended from outside: it is tried again.
         result.failed = str(error)
         return

@@ -474,3 +474,6 @@ def test_an_evaluation_that_cannot_be_written_fails_before_the_work(tmp_path, mo
     for place in (tmp_path / "file" / "below", tmp_path / "taken"):
         with pytest.raises(UserError, match=f"--output_dir {place} cannot be written"):
             run.evaluate_checkpoint(FIXTURE, "nowhere", place)
+    (tmp_path / "recipe.yaml").touch()
+    with pytest.raises(UserError, match=f"--output_dir {tmp_path} is a run's folder"):
+        run.evaluate_checkpoint(FIXTURE, "nowhere", tmp_path)

@@ -99,6 +99,7 @@ def test_whole_numbers_are_known_by_the_field():
         (["optim.lr=1e-4..1e-3"], None, "optim.lr is a range, which has no grid: add --random N"),
         (["optim.lr=log:0..1"], 3, "begins above 0"),
         (["optim.lr=1..0"], 3, "from a smaller number to a larger one"),
+        (["optim.lr=-1e999..5"], 3, "from a smaller number to a larger one"),
         (["epochs=0.2..0.8"], 3, "takes whole numbers, and none lies between"),
         (["epochs,max_steps=1..2"], 3, "a range is of one field"),
         (["optim.lr=1e-3,0.001"], None, "0.001 is given twice"),

@@ -139,6 +139,8 @@ REFUSED = {
         "freezing.unfreeze=[]",
     ],
     "freezing.new_lr_scale matters at unfreeze events": ["freezing.new_lr_scale=0.1,1.0"],
+    "change nothing where an image has one view": ["data.random_erasing=0.1,0.5", "features.views=1"],
+    "data.crop_scale changes nothing": ["data.crop_scale=[0.1,1],[0.5,1]", "features.views=1"],
     "evaluation.every_epochs is 0": ["evaluation.every_epochs=0", "optim.lr=1,2"],
     "--epochs and --set epochs": ["epochs=1,2"],
     "both set data.val": ["data.val=a.tar,b.tar"],

@@ -77,6 +77,9 @@ def find_ranks(given: Mapping[str, str]) -> Ranks:
         _refuse_partial(given)
         return Ranks()
     launcher = found[0]
+    if found[-1] is SLURM and launcher is not OURS and all(given.get(a) == given.get(b) for a, b in _pairs(launcher)):
+        # `srun --mpi=pmi2` says it in both ways.
+        launcher = SLURM
     rank, world = _numbers(launcher, given)
     for outer in found[1:]:
         started = _number(given, outer.world, outer)
@@ -89,6 +92,11 @@ def find_ranks(given: Mapping[str, str]) -> Ranks:
     if world == 1 and launcher is not OURS:
         return Ranks()
     return Ranks(rank, world, local, *_meeting_point(launcher, given, world))
+
+
+def _pairs(launcher: Launcher) -> tuple[tuple[str, str], ...]:
+    """Its names of rank and world, and Slurm's."""
+    return (launcher.rank, SLURM.rank), (launcher.world, SLURM.world)
 
 
 def planned_world(given: Mapping[str, str]) -> int:
@@ -154,14 +162,17 @@ def _meeting_point(launcher: Launcher, given: Mapping[str, str], world: int) -> 
         raise UserError("RANK is set, MASTER_PORT is not: set it, or start by deepspeed, torchrun or srun")
     else:
         # Of one job, and so the same on all its ranks and another than that of a job beside it.
-        names = ("SLURM_JOB_ID", "SLURM_STEP_ID", "PMIX_NAMESPACE", "OMPI_MCA_ess_base_jobid", "PMI_JOBID")
+        step = ("SLURM_STEP_ID",) if launcher is SLURM else ()
+        names = ("SLURM_JOB_ID", *step, "PMIX_NAMESPACE", "OMPI_MCA_ess_base_jobid", "PMI_JOBID")
         job = "/".join(given.get(name, "") for name in names)
         number = 0 if world == 1 else PORTS[zlib.crc32(job.encode()) % len(PORTS)]
     if address is not None:
         return address, number
     if world == 1:
         return "127.0.0.1", number
-    nodes = given.get("SLURM_STEP_NODELIST") or given.get("SLURM_JOB_NODELIST")
+    # A step's list where Slurm started the ranks. mpirun starts helpers on the other machines by a step of its own, and
+    # its ranks there would take the second machine for the first.
+    nodes = (given.get("SLURM_STEP_NODELIST") if launcher is SLURM else None) or given.get("SLURM_JOB_NODELIST")
     if launcher is not OURS and nodes:
         return first_node(nodes), number
     if launcher is not OURS and any(given.get(name) == str(world) for name in launcher.local_world):

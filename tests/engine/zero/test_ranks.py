@@ -32,6 +32,7 @@ OPEN_MPI = {
 }
 # One helper of mpirun per node is started by srun.
 ORTED = {**SLURM, "SLURM_STEP_NUM_TASKS": "2", "SLURM_PROCID": "1", "SLURM_LOCALID": "0"}
+ORTED |= {"SLURM_STEP_NODELIST": "gpu12", "SLURM_JOB_NODELIST": "gpu[07,12]"}
 
 
 def without(given, *names):
@@ -51,7 +52,9 @@ def without(given, *names):
         # torchrun on each of two machines, started by srun.
         ({**ORTED, **TORCHRUN}, (5, 8, 1, "gpu1")),
         (OPEN_MPI, (5, 8, 1, "127.0.0.1")),
+        # Their step leaves out the first machine; where mpirun runs there is none.
         ({**OPEN_MPI, **ORTED, "OMPI_COMM_WORLD_LOCAL_SIZE": "4"}, (5, 8, 1, "gpu07")),
+        ({**OPEN_MPI, **BATCH_SCRIPT, "SLURM_JOB_NODELIST": "gpu[07,12]"}, (5, 8, 1, "gpu07")),
         ({"PMI_RANK": "1", "PMI_SIZE": "2", "MPI_LOCALRANKID": "0", "MASTER_ADDR": "a"}, (1, 2, 0, "a")),
         # One task, or a shell within a step of one.
         ({**SLURM, "SLURM_STEP_NUM_TASKS": "1", "SLURM_PROCID": "0"}, (0, 1, 0, "127.0.0.1")),
@@ -69,6 +72,8 @@ def test_ranks_of_a_job_meet_at_one_port_and_jobs_at_others():
     ports = {find_ranks({**SLURM, "SLURM_PROCID": str(rank)}).port for rank in range(8)}
     assert len(ports) == 1
     assert find_ranks({**SLURM, "SLURM_JOB_ID": "4712"}).port not in ports
+    mpi = [{**OPEN_MPI, **ORTED}, {**OPEN_MPI, **BATCH_SCRIPT, "SLURM_JOB_NODELIST": "gpu[07,12]"}]
+    assert len({find_ranks(given).port for given in mpi}) == 1
 
 
 @pytest.mark.parametrize(
