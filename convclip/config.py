@@ -130,7 +130,8 @@ def _read(name_or_path: str) -> tuple[str, str, str]:
     if path.suffix in (".yaml", ".yml"):
         return read_text(path, f"recipe file {path}"), str(path), path.stem
     if name_or_path not in known:
-        names = f"known: {', '.join(known)}, or a file that ends in .yaml"
+        # What to do comes first: the line is cut where it is too long.
+        names = f"give a file that ends in .yaml, or a name; known: {', '.join(known)}"
         raise UserError(one_line(f"unknown recipe {name_or_path!r}{nearest(name_or_path, known)}; {names}"))
     path = RECIPE_FOLDER / f"{name_or_path}.yaml"
     return read_text(path, f"recipe file {path}"), f"recipe {name_or_path}", name_or_path
