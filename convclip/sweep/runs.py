@@ -106,15 +106,14 @@ def check_points(sweep: Sweep, points: list[Point], recipes: list[Recipe]) -> Fr
             raise UserError(f"recipe {recipe.name} is for videos: a sweep is of image-text recipes")
         if not recipe.evaluation.every_epochs:
             raise UserError("evaluation.every_epochs is 0, and a sweep ranks by evaluations: set it to 1 or more")
-    for key in {key for point in points for key, _ in point.settings}:
+    keys = {key for point in points for key, _ in point.settings}
+    for key in keys:
         if any(key == name or key.startswith(f"{name}.") for name in OF_EVENTS):
             raise UserError(f"--set {key} matters at unfreeze events, which a sweep leaves out: give it one value")
         if sweep.epochs is not None and key == "epochs":
             raise UserError("--epochs and --set epochs=… both set the epochs: give one of them")
     base = sweep.swept(sweep.base)
-    if base.features.view_count == 1 and any(
-        key.startswith("data.crop_scale") for p in points for key, _ in p.settings
-    ):
+    if base.features.view_count == 1 and any(key.startswith("data.crop_scale") for key in keys):
         raise UserError(
             "--set data.crop_scale changes nothing where an image has one view: set features.views to 2 or more"
         )
