@@ -52,4 +52,6 @@ $(STAMP): setup.py constraints.txt
 	@echo "Installing into $(VENV): once, some minutes, up to 6 GB"
 	$(PYTHON) -m venv $(VENV)
 	$(VENV)/bin/python -m pip install --constraint constraints.txt --editable '.[test,video,report]'
+	@# Here, and not at the first run's start.
+	$(RUN) DS_ACCELERATOR=cpu python -c 'from convclip.engine.zero.launcher import build_extension; build_extension()'
 	@touch $@

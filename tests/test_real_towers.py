@@ -11,7 +11,7 @@ from convclip.config import list_recipes, load_recipe
 from convclip.data.sources import open_source
 from convclip.run import plan_recipe
 from convclip.schema import Data, UserError
-from tests.conftest import REPOSITORY
+from tests.conftest import FULL, REPOSITORY
 
 
 @pytest.fixture
@@ -129,6 +129,9 @@ def test_every_recipe_is_an_experiment_and_plans_with_the_settings(towers, tmp_p
         assert "hf-hub:" not in recipe.to_yaml() and "exports/" not in recipe.to_yaml()
         assert (experiment.part == "second") == (recipe.model.pretrained is not None)
         seen.add(script.fingerprint(recipe))
+        # That each has a plan is tested with all recipes.
+        if not FULL and experiment.name not in ("release", "unfreeze", "headalign"):
+            continue
         plan = plan_recipe(recipe)
         assert plan["steps_per_epoch"] * recipe.batch.global_ == {"all": 2000}.get(experiment.part, 1000)
     assert len(seen) == len(table.EXPERIMENTS)

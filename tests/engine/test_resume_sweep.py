@@ -100,7 +100,8 @@ def files(tmp_path_factory):
 
 @pytest.mark.parametrize("world", [1, 2])
 def test_resuming_at_an_event_changes_nothing(files, tmp_path, world):
-    cases = SAMPLE[::world]
+    # Each way with one rank or with two.
+    cases = SAMPLE[world - 1 :: 2]
     found = run_ranks(world, resume_everywhere, str(files), str(tmp_path), [SKIPPING, *cases], [3])
     assert len(found) == 3 * (len(cases) + 1)
     assert not any(found.values()), {key: wrong for key, wrong in found.items() if wrong}

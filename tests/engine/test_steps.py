@@ -60,7 +60,7 @@ def all_ways(world: int) -> dict[Any, Any]:
     """Every case in one process group (starting processes is what costs time)."""
     random, still, whole = small_recipe(0.4, LOCKED), small_recipe(0.0, LOCKED), small_recipe()
     found: dict[Any, Any] = {}
-    for stage in ZERO_STAGES if FULL or world > 1 else (0, 3):
+    for stage in ZERO_STAGES if FULL else (0, 2, 3) if world > 1 else (0, 3):
         found["random, kept", stage] = chunked_run(random, ds_config(stage))
     for stage in BF16_STAGES:
         found["bf16", stage] = chunked_run(whole, ds_config(stage, "bf16"))

@@ -7,6 +7,7 @@ Shapes: B rows of a rank's step, M rows run at a time, W world, N = W*B rows of 
 
 from __future__ import annotations
 
+import functools
 import logging
 import weakref
 from collections.abc import Mapping, Sequence
@@ -281,11 +282,17 @@ def teacher_bytes(recipe: Recipe, size: int) -> int:
         return 0
     if model_sizes(recipe.teacher) is None:
         return 0
+    return _parameters_of(recipe.teacher.model) * size
+
+
+@functools.cache
+def _parameters_of(name: str) -> int:
+    """How many parameters an open_clip model has; kept, as every stage asks and building it takes half a second."""
     logging.disable(logging.WARNING)  # open_clip warns that the weights are random
     with torch.device("meta"):
-        teacher = open_clip.create_model(recipe.teacher.model, pretrained=None, device="meta")
+        model = open_clip.create_model(name, pretrained=None, device="meta")
     logging.disable(logging.NOTSET)
-    return sum(parameter.numel() for parameter in teacher.parameters()) * size
+    return sum(parameter.numel() for parameter in model.parameters())
 
 
 def value_bytes(ds_config: Mapping[str, Any]) -> int:

@@ -14,14 +14,23 @@ import torch
 from convclip.engine.zero.ranks import find_ranks
 
 
+def build_extension() -> None:
+    """Compile what the first run on a CPU would compile, as `make` does when it installs; nothing if it is there."""
+    _find_ninja()
+    os.environ.setdefault("RANK", "0")
+    from deepspeed.accelerator import get_accelerator
+
+    _announce_build()
+    get_accelerator().create_op_builder("ShareMemCommBuilder").load(verbose=False)
+
+
 def start_processes() -> None:
     """Join the process group of the launcher, or form one of this process alone; picks this rank's device.
 
     Errors: UserError where the launcher's variables are partial or contradict each other.
     """
     os.environ.setdefault("DEEPSPEED_LOG_LEVEL", "error")
-    # DeepSpeed compiles an extension with ninja, which stands beside python and may not be on the PATH.
-    os.environ["PATH"] = os.pathsep.join([str(Path(sys.executable).parent), os.environ.get("PATH", "")])
+    _find_ninja()
     ranks = find_ranks(os.environ)
     # Without these DeepSpeed looks for mpi4py.
     os.environ.update(ranks.environment())
@@ -39,6 +48,11 @@ def start_processes() -> None:
     if local_size is not None:
         os.environ["LOCAL_SIZE"] = local_size
     atexit.register(_stop)
+
+
+def _find_ninja() -> None:
+    """DeepSpeed compiles with ninja, which stands beside python and may not be on the PATH."""
+    os.environ["PATH"] = os.pathsep.join([str(Path(sys.executable).parent), os.environ.get("PATH", "")])
 
 
 def _announce_build() -> None:

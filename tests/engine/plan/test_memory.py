@@ -241,8 +241,8 @@ def run_with_trials(recipe: Recipe, config: dict[str, Any]) -> dict[str, Tensor]
     return chunked_run(recipe, config, before_all=before_all, before_step=before_step)
 
 
-# Every second one has each precision, and each of DeepSpeed's optimizers.
-WAYS = [("fp32", 0), ("fp32", 1), ("fp32", 3), ("bf16", 0), ("bf16", 2), ("fp32", 2), ("fp16", 1), ("bf16", 3)]
+# The first two have DeepSpeed's two ZeRO optimizers, and a loss scale.
+WAYS = [("fp32", 3), ("fp16", 1), ("fp32", 0), ("bf16", 0), ("bf16", 2), ("fp32", 1), ("fp32", 2), ("bf16", 3)]
 
 
 def with_and_without_trials() -> dict[tuple[str, int], tuple[dict[str, Tensor], dict[str, Tensor]]]:
@@ -251,7 +251,7 @@ def with_and_without_trials() -> dict[tuple[str, int], tuple[dict[str, Tensor], 
     recipes = {"fp32": small_recipe(0.4, backbone="test_resnet"), "bf16": small_recipe(0.4, LOCKED)}
     recipes["fp16"] = small_recipe(0.4)
     found = {}
-    for kind, stage in WAYS if FULL else WAYS[::2]:
+    for kind, stage in WAYS if FULL else WAYS[:2]:
         config = ds_config(stage, kind)
         found[kind, stage] = chunked_run(recipes[kind], config), run_with_trials(recipes[kind], config)
     return found
@@ -260,7 +260,7 @@ def with_and_without_trials() -> dict[tuple[str, int], tuple[dict[str, Tensor], 
 @pytest.mark.launch
 def test_a_trial_step_leaves_no_trace():
     found = run_ranks(2, with_and_without_trials)
-    assert len(found) == (8 if FULL else 4)
+    assert len(found) == (8 if FULL else 2)
     assert any(name.endswith("running_mean") for name in found["fp32", 3][0])
     for way, (without, tried) in found.items():
         assert without.keys() == tried.keys()

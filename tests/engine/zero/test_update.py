@@ -72,9 +72,14 @@ def every_way() -> dict[Any, Any]:
     allow_fp16_on_cpu()
     ways = [(0, "fp32", False), (3, "bf16", False)]
     if torch.distributed.get_world_size() > 1:
-        ways = [(stage, "fp32", False) for stage in range(4)] + [(2, "bf16", False), (3, "fp32", True)]
+        # ZeRO 1 and 2 are one optimizer of DeepSpeed.
+        ways = [(stage, "fp32", False) for stage in (0, 2, 3)] + [(2, "bf16", False), (3, "fp32", True)]
         if FULL:
-            ways += [(stage, "bf16", False) for stage in (0, 1, 3)] + [(0, "fp32", True), (3, "fp16", False)]
+            ways += (
+                [(1, "fp32", False)]
+                + [(stage, "bf16", False) for stage in (0, 1, 3)]
+                + [(0, "fp32", True), (3, "fp16", False)]
+            )
     return {way: (run(*way, skip=False), run(*way, skip=True)) for way in ways}
 
 
