@@ -12,9 +12,10 @@ from typing import Any
 from convclip.data.workers import plain_worker_errors
 from convclip.devices import PRECISIONS, current_device
 from convclip.distributed import alike, barrier, gather_objects, is_main, on_main, world_size
+from convclip.engine.agreement import refuse_differing, refuse_other_recipe, refuse_unshared, weights_checksum
 from convclip.engine.meters import logger
 from convclip.engine.plan.plan import make_plan
-from convclip.engine.task import Evaluation, ImageTextTask, Task
+from convclip.engine.task import Evaluation, ImageTextTask, Parts, Task
 from convclip.files import write_text, writing
 from convclip.locks import Lock
 from convclip.models.batch_norm import synchronised, to_precision
@@ -89,10 +90,13 @@ def _train(
     from convclip.engine.trainer import Trainer
     from convclip.engine.zero.ds_config import load_ds_config, precision, resolve_ds_config
 
+    refuse_unshared(folder, "--output_dir")
+    given = alike(lambda: load_ds_config(ds_config))
+    refuse_other_recipe(recipe, resume=resume, ds_config=given)
     # The run's folder and checkpoints keep it: the text encoder's folder may move.
     recipe = _whole(recipe)
     task = open_task(recipe)
-    config = resolve_ds_config(load_ds_config(ds_config), recipe, world_size())
+    config = resolve_ds_config(given, recipe, world_size())
     device, dtype = current_device(), precision(config)
     evaluation = shared
     if evaluation is None and recipe.data.val:
@@ -106,7 +110,9 @@ def _train(
         task.extract(store, dtype)
     model, report = task.initial_model()
     parts = task.open(model, device, dtype, store)
-    alike(lambda: refuse_other_data(start, parts.loader.fingerprint(), resume_other_data))
+    fingerprint = parts.loader.fingerprint()
+    refuse_differing(_data_of(parts, model, fingerprint, evaluation))
+    alike(lambda: refuse_other_data(start, fingerprint, resume_other_data))
     if recipe.batch.sync_batch_norm:
         model = synchronised(model)
     if recipe.activation_checkpointing:
@@ -120,6 +126,19 @@ def _train(
     # A rank that exits while others still write would close their connections.
     barrier()
     return summary
+
+
+def _data_of(
+    parts: Parts, model: DualTower, fingerprint: Mapping[str, Any], evaluation: Evaluation | None
+) -> dict[str, Any]:
+    """What a rank has read from its disks before a run, for a comparison of ranks."""
+    found = {f"training data, {name}": value for name, value in fingerprint.items()}
+    found["weights to start from (checksum)"] = weights_checksum(model)
+    if parts.source.store is not None:
+        found["feature store (checksum)"] = parts.source.store.checksum()
+    if evaluation is not None:
+        found["evaluation data (checksum)"] = evaluation.checksum()
+    return found
 
 
 @plain_worker_errors()
@@ -148,6 +167,7 @@ def evaluate_checkpoint(
     dtype, device = PRECISIONS[precision], current_device()
     model = to_precision(model, dtype, device).eval()
     evaluation = task.evaluation(data)
+    refuse_differing({"evaluation data (checksum)": evaluation.checksum()})
     figures = evaluation.figures(model, device, dtype)
     table = evaluation.table(figures)
     if classes is not None:

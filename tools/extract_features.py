@@ -45,12 +45,16 @@ def extract(recipe: Recipe, arguments: argparse.Namespace) -> None:
         raise UserError("--teacher is for --kind xclip; the teacher of an image recipe is its own section")
     from convclip.devices import PRECISIONS
     from convclip.distributed import is_main
+    from convclip.engine.agreement import refuse_other_recipe, refuse_unshared
     from convclip.engine.stored.extraction import VERIFIED_ITEMS
     from convclip.engine.zero.launcher import start_processes
     from convclip.run import open_task
 
     start_processes()
+    refuse_other_recipe(recipe)
     task, dtype, path = open_task(recipe), PRECISIONS[arguments.precision], arguments.output
+    if not arguments.verify:
+        refuse_unshared(path.parent, "--output")
     if arguments.verify:
         differences = task.verify(path, dtype)
         lines = [f"{n}: largest difference {d:.3g} over {VERIFIED_ITEMS} items" for n, d in differences.items()]

@@ -5,6 +5,8 @@ Shapes: N images, M captions, B batch, S image side, T tokens.
 
 from __future__ import annotations
 
+import hashlib
+import json
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
@@ -50,6 +52,11 @@ class EvaluationSet:
 
     def __len__(self) -> int:
         return len(self.image_ids)
+
+    def checksum(self) -> str:
+        """What identifies the set: its ids and captions."""
+        content = [self.image_ids.tolist(), self.captions, self.caption_ids.tolist(), self.image_of_text.tolist()]
+        return hashlib.sha256(json.dumps(content).encode("ascii")).hexdigest()[:16]
 
     def image_batches(self, rank: int, world: int, batch: int, workers: int = 0) -> Batches:
         """This rank's images as (image numbers int64 [B], uint8 [B, 3, S, S]).

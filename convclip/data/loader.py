@@ -7,6 +7,7 @@ Shapes: B micro batch, S image side, T tokens.
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 import logging
@@ -30,7 +31,7 @@ from convclip.schema import BatchConfig, Data, UserError
 log = logging.getLogger(__name__)
 
 SAMPLES_BEFORE_STOP = 100
-# Images whose captions a checkpoint's fingerprint of the data is taken from.
+# Images that a checkpoint's fingerprint of the data is taken from, with their captions.
 FINGERPRINTED = 64
 
 
@@ -196,15 +197,20 @@ class TrainLoader(EpochLoader):
         self.samples = source
 
     def fingerprint(self) -> dict[str, Any]:
-        """As above, and the captions of some images: all of a large set take too long to read at every start."""
-        digest = hashlib.sha256()
+        """As above, and some images with their captions: all of a large set take too long to read at every start.
+
+        A run from a feature store may go on without its images: they are left out where none can be read.
+        """
+        texts, pixels, has_images = hashlib.sha256(), hashlib.sha256(), False
         for image in np.unique(np.linspace(0, len(self.samples.counts) - 1, FINGERPRINTED).astype(int)).tolist():
-            try:
+            with contextlib.suppress(BrokenSample):
                 found = self.samples.read_captions(image)
-            except BrokenSample:
-                continue
-            digest.update(json.dumps([found.image_id, found.texts, found.ids]).encode("ascii"))
-        return {**super().fingerprint(), "captions of a sample (checksum)": digest.hexdigest()[:16]}
+                texts.update(json.dumps([found.image_id, found.texts, found.ids]).encode("ascii"))
+            with contextlib.suppress(BrokenSample):
+                pixels.update(self.samples.read_image(image))
+                has_images = True
+        found_images = {"images of a sample (checksum)": pixels.hexdigest()[:16]} if has_images else {}
+        return {**super().fingerprint(), "captions of a sample (checksum)": texts.hexdigest()[:16], **found_images}
 
 
 class _Plan:

@@ -44,6 +44,10 @@ class Source(Protocol):
     def inputs(self, batch: Any, epoch: int, reads: Reads) -> Any:
         """A batch of the loader on the device, as the towers and the objective take it."""
 
+    @property
+    def store(self) -> FeatureStore | None:
+        """What frozen work is read from, if anything."""
+
 
 class Objective(Protocol):
     """The losses of a step."""
@@ -57,6 +61,9 @@ class Objective(Protocol):
 
 class Evaluation(Protocol):
     """What a run is scored by."""
+
+    def checksum(self) -> str:
+        """What identifies the images or videos and captions that it scores."""
 
     def figures(self, encode: Encode, device: torch.device, dtype: torch.dtype) -> dict[str, Any]:
         """What eval.jsonl gets; the same on every rank."""
@@ -196,6 +203,10 @@ class Retrieval:
         transform = EvalTransform(recipe.model.image.image_size, recipe.model.image.interpolation)
         self.recipe, self._explained = recipe, False
         self.dataset = load_evaluation_set(address, recipe.data, transform, build_tokenizer(recipe.model.text))
+
+    def checksum(self) -> str:
+        """As Evaluation."""
+        return self.dataset.checksum()
 
     def figures(self, encode: Encode, device: torch.device, dtype: torch.dtype) -> dict[str, Any]:
         """As Evaluation."""

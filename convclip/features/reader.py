@@ -78,6 +78,13 @@ class FeatureStore:
         """Ids of the items that array `name` has a row for, in row order."""
         return decode_ids(self._items_of(name).values)
 
+    def checksum(self) -> str:
+        """What identifies the store's rows: a hash of their checksums and ids."""
+        digest = hashlib.sha256()
+        for name in sorted(self.arrays):
+            digest.update(name.encode() + self._crc32[name].tobytes() + self._items_of(name).values.tobytes())
+        return digest.hexdigest()[:16]
+
     def read(self, name: str, ids: Ids) -> torch.Tensor:
         """Rows [n, *row_shape] of array `name`, in the order of `ids`, which may repeat.
 

@@ -78,10 +78,12 @@ class VideoRows:
     """What the order of an epoch is made from: videos in place of images, all in one shard.
 
     counts: int64 [V], captions of each video. shard: int64 [V], zeros, since the frame store is read in any order.
+    checksums: of each video's frames, where there is a frame store.
     """
 
-    def __init__(self, split: VideoSplit) -> None:
+    def __init__(self, split: VideoSplit, frames: FrameStore | None) -> None:
         self.split, self.counts = split, split.counts
+        self.checksums = None if frames is None else [frames.checksums.get(name) for name in split.video_ids]
         self.shard = np.zeros(len(split.video_ids), dtype=np.int64)
         # A frame store is read by video: none is lost without its name.
         self.damage: list[str] = []
@@ -98,11 +100,12 @@ class VideoLoader(EpochLoader):
     source: VideoRows
 
     def fingerprint(self) -> dict[str, Any]:
-        """As above, and a checksum of all videos' and captions' names and texts."""
-        split = self.source.split
-        content = json.dumps([split.video_ids, split.captions, split.caption_ids])
-        digest = hashlib.sha256(content.encode("ascii")).hexdigest()[:16]
-        return {**super().fingerprint(), "videos and captions (checksum)": digest}
+        """As above, and checksums of all videos' and captions' names and texts, and of all frames that are read."""
+        found = {**super().fingerprint(), "videos and captions (checksum)": self.source.split.checksum()}
+        if self.source.checksums is None:
+            return found
+        frames = hashlib.sha256(json.dumps(self.source.checksums).encode("ascii")).hexdigest()[:16]
+        return {**found, "frames (checksum)": frames}
 
 
 class VideoBatches(Dataset):

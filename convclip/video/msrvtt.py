@@ -6,6 +6,8 @@ Shapes: V videos, C captions, W words.
 from __future__ import annotations
 
 import csv
+import hashlib
+import json
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -41,6 +43,11 @@ class VideoSplit:
     def counts(self) -> np.ndarray:
         """int64 [V]: captions of each video."""
         return np.bincount(self.video_of_caption, minlength=len(self.video_ids))
+
+    def checksum(self) -> str:
+        """What identifies the split: its names and captions."""
+        content = json.dumps([self.video_ids, self.captions, self.caption_ids])
+        return hashlib.sha256(content.encode("ascii")).hexdigest()[:16]
 
     def without(self, video_ids: Sequence[str]) -> VideoSplit:
         """The split with these videos (such as those that cannot be decoded) and their captions left out."""

@@ -72,7 +72,7 @@ class VideoTask:
         split = open_split(recipe.data.train, recipe, usable, reasons)
         tokenizer = word_tokenizer(recipe.model.text, recipe.video_settings.words)
         loader = VideoLoader(
-            VideoRows(split),
+            VideoRows(split, frames),
             VideoBatches(split, frames, tokenizer),
             recipe.data,
             recipe.batch,
@@ -115,6 +115,10 @@ class VideoRetrieval:
     def __init__(self, recipe: Recipe, address: str) -> None:
         self.recipe = recipe
         self.dataset = load_video_set(address, recipe)
+
+    def checksum(self) -> str:
+        """As Evaluation."""
+        return self.dataset.split.checksum()
 
     def figures(
         self, encode: Encode, device: torch.device, dtype: torch.dtype, zero_shot: bool = False

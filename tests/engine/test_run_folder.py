@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import shutil
+import tarfile
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -41,6 +42,14 @@ def files(tmp_path_factory):
             content = {"image_id": image, "captions": ["a", "b"], "caption_ids": [10 * image, 10 * image + 1]}
             samples[f"{image:012d}"] = {"jpg": noise_jpeg(image, (40, 36)), "json": json.dumps(content).encode()}
         write_tar(files / "other" / f"train-{shard:06d}.tar", samples)
+    shutil.copytree(files, files / "pictures")
+    with tarfile.open(files / "train-000000.tar") as tar:
+        members = {member.name: tar.extractfile(member).read() for member in tar}
+    samples = {}
+    for name, content in members.items():
+        stem, _, kind = name.partition(".")
+        samples.setdefault(stem, {})[kind] = content if kind == "json" else noise_jpeg(99, (40, 36))
+    write_tar(files / "pictures" / "train-000000.tar", samples)
     return files
 
 
@@ -346,7 +355,11 @@ def other_data(files: str, folder: str) -> dict[str, Any]:
     run, found = Path(folder, "run"), {}
     train_here(files, str(run), 2, (*SMALL, "max_steps=3"))
     given = arguments(Path(files), run, ds_config="zero2_fp32")
-    for name, pattern in (("fewer", "train-{000000..000001}.tar"), ("same shape", "other/train-{000000..000002}.tar")):
+    for name, pattern in (
+        ("fewer", "train-{000000..000001}.tar"),
+        ("same shape", "other/train-{000000..000002}.tar"),
+        ("pictures", "pictures/train-{000000..000002}.tar"),
+    ):
         data = [f"data.train={files}/{pattern}", f"data.val={given[9]}"]
         recipe = load_recipe(given[1], [*SMALL, "max_steps=3", *data])
         before = (run / "recipe.yaml").read_text()
@@ -360,7 +373,11 @@ def other_data(files: str, folder: str) -> dict[str, Any]:
 
 def test_other_training_data_are_refused_or_accepted_by_a_flag(alone):
     found = alone["other_data"]
-    for name, words in (("fewer", "steps per epoch 3, now 2"), ("same shape", "captions of a sample")):
+    for name, words in (
+        ("fewer", "steps per epoch 3, now 2"),
+        ("same shape", "captions of a sample"),
+        ("pictures", "images of a sample"),
+    ):
         line, untouched = found[name]
         assert words in line and "--resume_other_data" in line and "\n" not in line and untouched, line
         assert "other training data than before" in found[name, "accepted"][1]

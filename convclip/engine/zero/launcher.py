@@ -11,6 +11,7 @@ from pathlib import Path
 
 import torch
 
+from convclip.engine.agreement import refuse_differing, versions
 from convclip.engine.zero.ranks import find_ranks
 
 
@@ -27,7 +28,8 @@ def build_extension() -> None:
 def start_processes() -> None:
     """Join the process group of the launcher, or form one of this process alone; picks this rank's device.
 
-    Errors: UserError where the launcher's variables are partial or contradict each other.
+    Errors: UserError where the launcher's variables are partial or contradict each other, and on all ranks where one
+    runs other code.
     """
     os.environ.setdefault("DEEPSPEED_LOG_LEVEL", "error")
     _find_ninja()
@@ -47,6 +49,7 @@ def start_processes() -> None:
     deepspeed.init_distributed(dist_backend=get_accelerator().communication_backend_name(), verbose=False)
     if local_size is not None:
         os.environ["LOCAL_SIZE"] = local_size
+    refuse_differing(versions())
     atexit.register(_stop)
 
 
