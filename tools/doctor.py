@@ -1,9 +1,12 @@
-"""Show what this machine can train with, and what stands in the way.
+"""Show what this machine can train with, and what stands in the way; with a hostfile, what several machines can.
 
     python tools/doctor.py
+    python tools/doctor.py --hostfile HOSTFILE --shared FOLDER
 
 Prints one table: Python, packages against the versions tested together, compiler, devices and precisions, memory, disk,
-two processes talking. Each problem is one line that says what to do; the exit code is 1 when there is any.
+two processes talking. With `--hostfile` (deepspeed's: lines of `name slots=8`), of the hosts in it: whether ssh reaches
+them, code and versions, whether all see FOLDER, where runs are to be written, clocks, and an all-reduce of 100 MB.
+Each problem is one line that says what to do; the exit code is 1 when there is any.
 """
 
 from __future__ import annotations
@@ -43,16 +46,29 @@ class Findings:
 
 def main(arguments: list[str] | None = None) -> int:
     """Print the table and the problems; 0 when there is none, else 1."""
-    argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter).parse_args(
-        arguments
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--hostfile", type=Path, help="the hosts of a run, as deepspeed takes them")
+    parser.add_argument(
+        "--shared", type=Path, default=Path(), help="a folder that all hosts should see (default: here)"
     )
+    given = parser.parse_args(arguments)
     findings = Findings()
-    look_at_python(findings)
-    look_at_packages(findings, REPOSITORY / "constraints.txt")
-    look_at_compiler(findings)
-    look_at_devices(findings)
-    look_at_memory_and_disk(findings, Path.cwd())
-    look_at_two_processes(findings)
+    if given.hostfile is not None:
+        from convclip.engine.zero.hosts import look_at_hosts, read_hostfile
+
+        try:
+            hosts = read_hostfile(given.hostfile)
+        except (OSError, ValueError) as error:
+            print(f"doctor: --hostfile {given.hostfile}: {error}", file=sys.stderr)
+            return 2
+        look_at_hosts(findings.add, hosts, given.shared)
+    else:
+        look_at_python(findings)
+        look_at_packages(findings, REPOSITORY / "constraints.txt")
+        look_at_compiler(findings)
+        look_at_devices(findings)
+        look_at_memory_and_disk(findings, Path.cwd())
+        look_at_two_processes(findings)
     width = max(len(what) for what, _ in findings.rows)
     for what, value in findings.rows:
         print(f"{what:{width}}  {value}")
