@@ -3,9 +3,9 @@
     python benchmarks/real_table.py real_towers/runs [--output benchmarks/real_towers.md]
 
 Recalls are those of each run's last evaluation, in the standard protocol: mean ± standard deviation over seeds.
-Training time is the sum of the steps' own times, without start-up, evaluation and the feature store; wall time is the
-whole process. A run's time to 90 % is the training time up to the first evaluation whose mean R@1 is at least 0.9 of
-its last.
+Training time is the sum of the steps' own times, without start-up, evaluation and the feature store; wall time is that
+of the whole process, of each that was not killed. A run's time to 90 % is the training time up to the first evaluation
+whose mean R@1 is at least 0.9 of its last.
 What stands under `## Notes` in an earlier file of that name is kept.
 """
 
@@ -86,8 +86,14 @@ class Result:
 
 
 def rows_of(path: Path) -> list[dict[str, Any]]:
-    """The rows of a JSON-lines file; [] where there is none."""
-    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()] if path.is_file() else []
+    """The rows of a JSON-lines file, without a line that a kill left torn; [] where there is none."""
+    rows = []
+    for line in path.read_bytes().splitlines() if path.is_file() else []:
+        try:
+            rows.append(json.loads(line))
+        except ValueError:
+            continue
+    return rows
 
 
 def result_of(folder: Path) -> Result | None:

@@ -50,6 +50,10 @@ def test_the_table_is_of_the_runs_folders(towers, tmp_path):
         write_run(runs / f"unfreeze-seed{seed}", curve, seconds=1.0 + seed)
     write_run(runs / "nofreeze-seed0", [(29.0, 23.0)])
     write_run(runs / "nofreeze-seed1", [(1.0, 1.0)], code=1)
+    # A killed run that went on has lines that were torn, in the midst of a character too.
+    for name in ("metrics", "eval", "launches"):
+        path = runs / "nofreeze-seed0" / f"{name}.jsonl"
+        path.write_bytes(b'{"recipe": "\xc3\n' + path.read_bytes() + b'{"st')
     output = tmp_path / "real.md"
     output.write_text("# Old\n\n| recipe |\n\n## Notes\n\nWhat was tried.\n")
     table.write_table(runs, output, "# New")
