@@ -91,7 +91,7 @@ def train(recipe: Recipe, arguments: argparse.Namespace) -> int:
 
     start_processes()
     folder, other_data = Path(arguments.output_dir), arguments.resume_other_data
-    with Guard(recipe.stop) as guard:
+    with Guard(recipe.stop, folder) as guard:
         summary = train_recipe(recipe, arguments.ds_config, folder, arguments.resume, other_data, guard=guard)
     return recipe.stop.exit_code if "stopped" in summary else 0
 

@@ -1,8 +1,8 @@
-"""Sees to it that a run's process ends when it should: at a signal, when its launcher is gone. A thread of its own.
+"""Sees to it that a process of a run ends when it should: at a signal, with its launcher, with the other ranks.
 
-A signal is noted at once, even while the main thread waits in a collective: Python's own handlers would only run after
-it. The first one asks: the training loop stops where `PlannedStop` says so; before the first step there is nothing to
-save, and all ranks end. A second one ends this process at once.
+A thread of its own does, as the main one may wait in a collective, where Python runs no handler. The first signal asks:
+the training loop stops where `PlannedStop` says so; before the first step there is nothing to save, and all ranks end.
+A second one ends this process at once. A rank that fails tells the others why, and rank 0's log has that line.
 """
 
 from __future__ import annotations
@@ -13,21 +13,26 @@ import os
 import select
 import signal
 import socket
-import sys
 import threading
 import time
+from pathlib import Path
 from types import TracebackType
 from typing import Literal, NoReturn
 
-from convclip.engine.launched_by import Launchers, started_at
-from convclip.engine.peers import Peers
-from convclip.schema import StopConfig
+from convclip.engine.failures import connection_broke, describe, say, write_log
+from convclip.engine.meters import WARNINGS, logger
+from convclip.engine.peers import Ending, Peers
+from convclip.engine.procfs import Launchers, is_gone, started_at
+from convclip.engine.watchdog import EXIT_CODE, Watchdog
+from convclip.schema import StopConfig, UserError
 
 SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
 # Ctrl-C reaches the ranks from the terminal, and as SIGTERM or SIGINT from the launcher: one wish, not two.
 SAME_WISH_SECONDS = 5.0
-# From when its launcher is gone, for a process to end by itself.
+# From when its launcher is gone, for a process to end by itself; also from when it has failed.
 ALONE_SECONDS = 30.0
+# For a rank to fail by itself before it is ended for another's failure, and for that one's line to arrive.
+OWN_END_SECONDS, LINE_SECONDS = 3.0, 10.0
 _POLL_SECONDS = 0.5
 
 
@@ -35,26 +40,32 @@ class Guard:
     """Watches over one process of a run, from `with` to the end of it; `stop` is the recipe's section.
 
     `wish` says why the run should stop, once something asks for it. `phase` is the run's: a planned stop is possible
-    while it is `train`.
+    while it is `train`. `step` is how many steps are done.
     """
 
-    def __init__(self, stop: StopConfig) -> None:
-        self.stop, self.peers = stop, Peers()
+    def __init__(self, stop: StopConfig, folder: Path | None = None, stops: bool = True) -> None:
+        """A collective, in the main thread. `folder` is the run's; without `stops` signals mean what they always do."""
+        self.stop, self.folder, self.stops = stop, folder, stops
+        self.peers = Peers(self._lines_of_others)
+        self.watchdog = Watchdog(self.peers, stop.watchdog_s)
         self.wish: str | None = None
-        self.phase: Literal["start", "train", "end"] = "start"
+        self.phase: Literal["start", "train", "end", "failed"] = "start"
+        self.step = 0
         self.deadline = time_limit(stop)
         self._asked: float | None = None
         self._alone: float | None = None
         self._launchers = Launchers()
-        self._closed = threading.Event()
+        self._closed, self._ending_since = threading.Event(), 0.0
+        self._reading, self._writing = socket.socketpair()
+        self._writing.setblocking(False)
 
     def __enter__(self) -> Guard:
         """From the main thread. The handlers stay: a launcher may repeat a signal to a process that is ending."""
-        self._reading, self._writing = socket.socketpair()
-        self._writing.setblocking(False)
-        signal.set_wakeup_fd(self._writing.fileno(), warn_on_full_buffer=False)
-        for number in SIGNALS:
-            signal.signal(number, _nothing)
+        if self.stops:
+            signal.set_wakeup_fd(self._writing.fileno(), warn_on_full_buffer=False)
+            for number in SIGNALS:
+                signal.signal(number, _nothing)
+        WARNINGS.listener = self.peers.warn if self.peers.rank else None
         self._thread = threading.Thread(target=self._run, daemon=True)
         self._thread.start()
         return self
@@ -62,24 +73,42 @@ class Guard:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
+        if error is not None and self.peers.world > 1:
+            self._fail(error)
+            # The thread goes on: it ends a process that hangs on its way out.
+            self.peers.close()
+            return
         self.phase = "end"
         self._closed.set()
         # To wake the thread; no signal has this number.
         self._writing.send(b"\0")
         self._thread.join(2 * _POLL_SECONDS)
         self.peers.close()
+        WARNINGS.listener = None
+
+    def pass_warnings(self) -> None:
+        """Bring the warnings of the other ranks into rank 0's log; to be called by all, with a barrier between."""
+        self.peers.flush()
 
     def _run(self) -> None:
+        looked = 0.0
         while not self._closed.is_set():
             ready, _, _ = select.select([self._reading], [], [], _POLL_SECONDS)
             for number in os.read(self._reading.fileno(), 100) if ready else b"":
                 if number in SIGNALS:
                     self._signal(signal.Signals(number))
-            self._look_up()
-            if self.phase == "start" and self.wish is None and time.time() > self.deadline:
-                self._ask("its time limit")
-            if self.peers.end is not None:
-                self._end_before_training(self.peers.end)
+            now = time.monotonic()
+            if self.stops:
+                self._look_up(now)
+                if self.phase == "start" and time.time() > self.deadline:
+                    self._ask("its time limit")
+            if self.peers.ending is not None:
+                self._obey(self.peers.ending, now)
+            elif self.peers.world > 1 and now - looked > 2 * _POLL_SECONDS and self.phase != "failed":
+                looked = now
+                ending = self.watchdog.look(self.step)
+                if ending is not None:
+                    self._end_all(ending)
 
     def _signal(self, number: signal.Signals) -> None:
         """A first signal asks, a second one does not wait. SIGUSR1 is a warning only: Slurm sends SIGTERM after it."""
@@ -95,9 +124,8 @@ class Guard:
             )
         self._ask(number.name)
 
-    def _look_up(self) -> None:
+    def _look_up(self, now: float) -> None:
         """A launcher that is gone asks too, and does not wait for long."""
-        now = time.monotonic()
         if self._alone is None:
             gone = self._launchers.gone()
             if gone is None:
@@ -108,16 +136,84 @@ class Guard:
             end(1, f"the launcher is gone, and the run did not come to its end in {ALONE_SECONDS:g} s: stopped at once")
 
     def _ask(self, why: str) -> None:
-        if self.wish is not None or self.phase == "end":
+        if self.wish is not None or self.phase in ("end", "failed"):
             return
         self.wish = f"{why} at {self.peers.name(self.peers.rank)}"
         if self.phase == "start":
-            self.peers.end_all(self.wish)
+            line = f"stopped by {self.wish}, before the first step: nothing to save; the same command starts again"
+            self.peers.end_all(Ending(line, self.stop.exit_code, self.peers.rank, planned=True))
 
-    def _end_before_training(self, why: str) -> None:
-        code = self.stop.exit_code
-        line = f"stopped by {why}, before the first step: nothing to save; the same command starts again"
-        end(code, line if self.peers.rank == 0 else None)
+    def _end_all(self, ending: Ending) -> None:
+        """By the store; where that does not answer, each rank comes to the same end by itself."""
+        self.peers.end_all(ending)
+        until = time.monotonic() + LINE_SECONDS
+        while self.peers.ending is None and time.monotonic() < until:
+            time.sleep(_POLL_SECONDS / 5)
+        if self.peers.ending is None:
+            self.peers.ending = ending
+        self._obey(self.peers.ending, time.monotonic())
+
+    def _obey(self, ending: Ending, now: float) -> None:
+        """Come to the end that another rank, or this one, has called for."""
+        peers = self.peers
+        if self.phase == "failed":
+            if now - self._ending_since > ALONE_SECONDS:
+                end(ending.code)
+            return
+        self._ending_since = self._ending_since or now
+        if not ending.planned and not ending.culprits and now - self._ending_since < OWN_END_SECONDS:
+            # Another rank has raised an error. So may this one, for the same reason.
+            return
+        # The first that can: rank 0 may be the one that does not answer.
+        is_speaker = peers.rank == min(set(range(peers.world)) - set(ending.culprits), default=0)
+        if is_speaker:
+            self._record(ending.line)
+        for number in ending.culprits:
+            place = peers.places[number]
+            near = place.host == peers.places[peers.rank].host and number != peers.rank
+            if near and place.process is not None and not is_gone(place.process):
+                with contextlib.suppress(OSError):
+                    os.kill(place.pid, signal.SIGKILL)
+        end(ending.code, ending.line if is_speaker or peers.rank in ending.culprits else None)
+
+    def _fail(self, error: BaseException) -> None:
+        """The main thread is leaving with an error: say so to the others; does not return where it is not its own."""
+        peers, self._ending_since = self.peers, time.monotonic()
+        trained = self.phase != "start"
+        self.phase = "failed"
+        if connection_broke(error):
+            until = time.monotonic() + LINE_SECONDS
+            while peers.ending is None and time.monotonic() < until:
+                time.sleep(_POLL_SECONDS / 5)
+            if peers.ending is None:
+                gone = self.watchdog.gone_ranks()
+                line = self.watchdog.about_gone(gone) if gone else describe(peers.name(peers.rank), self.step, error)
+                ending = Ending(line, EXIT_CODE, peers.rank, tuple(gone))
+                peers.end_all(ending)
+                time.sleep(2 * _POLL_SECONDS)
+                peers.ending = peers.ending or ending
+            is_speaker = peers.rank == min(set(range(peers.world)) - set(peers.ending.culprits), default=0)
+            if is_speaker and trained:
+                self._record(peers.ending.line)
+            end(peers.ending.code, peers.ending.line if is_speaker else None)
+        code = 2 if isinstance(error, UserError) else 1
+        ending = Ending(describe(peers.name(peers.rank), self.step, error), code, peers.rank)
+        peers.end_all(ending)
+        until = time.monotonic() + LINE_SECONDS
+        while peers.ending is None and time.monotonic() < until:
+            time.sleep(_POLL_SECONDS / 5)
+        if peers.rank == 0 and trained:
+            self._record((peers.ending or ending).line)
+
+    def _record(self, line: str) -> None:
+        """A line of train.log, where the run has begun: before that, the folder may be another run's."""
+        if self.folder is not None and self.phase != "start":
+            write_log(self.folder / "train.log", line)
+
+    def _lines_of_others(self, lines: list[str]) -> None:
+        for line in lines:
+            if line.partition(": ")[2] not in WARNINGS.said:
+                logger.warning(line)
 
 
 def time_limit(stop: StopConfig) -> float:
@@ -127,13 +223,6 @@ def time_limit(stop: StopConfig) -> float:
     with contextlib.suppress(ValueError):
         return float(os.environ.get("SLURM_JOB_END_TIME", ""))
     return float("inf")
-
-
-def say(line: str) -> None:
-    """A line on stderr, past all locks and buffers."""
-    with contextlib.suppress(OSError):
-        sys.stderr.flush()
-        os.write(2, f"convclip: {line}\n".encode())
 
 
 def end(code: int, line: str | None = None) -> NoReturn:

@@ -12,7 +12,7 @@ import torch
 import torch.distributed as dist
 
 from convclip.devices import RandomState
-from convclip.distributed import gather_objects, world_size
+from convclip.distributed import barrier, gather_objects, is_main, world_size
 from convclip.engine.guard import Guard
 
 T = TypeVar("T")
@@ -37,16 +37,18 @@ class PlannedStop:
         self._started = self._last = time.time()
         self._longest = 0.0
 
-    def due(self) -> bool:
-        """Whether to stop here, before the next step; the same on all ranks. `why` then says it."""
+    def due(self, step: int | None = None) -> bool:
+        """Whether to stop here, after `step` steps; the same on all ranks. `why` then says it."""
         guard = self.guard
         if guard is None or self.why:
             return bool(self.why)
+        if step is not None:
+            guard.step = step
         if guard.phase == "start":
             guard.phase, self._last = "train", time.time()
         if self._answer is None:
             self._ask(guard)
-        if not self._read():
+        if not self._wait():
             self._ask(guard)
             return False
         self._answer = None
@@ -82,11 +84,16 @@ class PlannedStop:
 
     def close(self) -> None:
         """After the last step: from here on, a signal changes nothing."""
+        if self._answer is not None:
+            self._wait()
+            self._answer = None
         if self.guard is not None:
             self.guard.phase = "end"
-        if self._answer is not None:
-            self._read()
-            self._answer = None
+            # Those of the others are in the store before rank 0 looks there for the last time.
+            self.guard.pass_warnings()
+            barrier()
+            if is_main():
+                self.guard.pass_warnings()
 
     def _ask(self, guard: Guard) -> None:
         """Send what this rank knows."""
@@ -100,7 +107,7 @@ class PlannedStop:
         work = dist.all_reduce(own, dist.ReduceOp.MAX, self._group, async_op=True) if self._group is not None else None
         self._answer = own, work
 
-    def _read(self) -> bool:
+    def _wait(self) -> bool:
         assert self._answer is not None
         found, work = self._answer
         if work is not None:

@@ -54,7 +54,7 @@ class Trainer:
         self._evaluate_start()
         self._evaluate_missing()
         batches = self._batches()
-        while self.state.step < self.total_steps and not self.stop.due():
+        while self.state.step < self.total_steps and not self.stop.due(self.state.step):
             self._open_due()
             result = self._train_step(batches)
             self.state.step += 1

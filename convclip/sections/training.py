@@ -192,6 +192,8 @@ class StopConfig(Section):
     time_limit_minutes: float | None = Field(None, gt=0, le=10**7)
     # After a planned stop (a signal, the time limit): what the site takes for "queue it again".
     exit_code: int = Field(0, ge=0, lt=126)
+    # A run with several ranks ends where one is silent, or none moves on, for so many seconds; 0: it waits.
+    watchdog_s: float = Field(120.0, ge=0, le=10**6)
 
 
 class Checkpoint(Section):

@@ -28,6 +28,7 @@ from tests.video import small_video
 
 # Seven steps, three an epoch, with events and evaluations at steps 3 and 6.
 SMALL = ("batch.global=8", "max_steps=7", "checkpoint.keep_last=1", "optim.ema_decay=0.6")
+VIDEO_PLACES = {"in a step": ("_train_step", 0, 2), "in an evaluation": ("_figures", 4, 4)}
 VIDEO = ("max_steps=7", "checkpoint.keep_last=1")
 # Where a signal comes, and the steps done then. What a rank knows before a step, all know after it.
 PLACES: dict[str, tuple[str, int, int]] = {
@@ -64,7 +65,7 @@ def stop_everywhere(files: str, folder: str, stage: int, places: list[str]) -> d
     def train(output: Path, resume: str = "never", guard: Guard | None = None) -> dict[str, Any]:
         return train_here(files, str(output), stage, SMALL, resume, guard)
 
-    return stop_and_resume(train, Path(folder), places)
+    return stop_and_resume(train, Path(folder), {place: PLACES[place] for place in places})
 
 
 def stop_videos(files: str, folder: str) -> dict[str, Any]:
@@ -73,17 +74,16 @@ def stop_videos(files: str, folder: str) -> dict[str, Any]:
     def train(output: Path, resume: str = "never", guard: Guard | None = None) -> dict[str, Any]:
         return small_video.train_here(files, str(output), VIDEO, 1, resume, guard)
 
-    return stop_and_resume(train, Path(folder), list(PLACES))
+    return stop_and_resume(train, Path(folder), VIDEO_PLACES)
 
 
-def stop_and_resume(train: Callable[..., dict[str, Any]], folder: Path, places: list[str]) -> dict[str, Any]:
+def stop_and_resume(train: Callable[..., dict[str, Any]], folder: Path, places: dict[str, Any]) -> dict[str, Any]:
     """`train(folder, resume, guard)` whole, and stopped at each of the places and resumed: what differs."""
     from convclip.distributed import on_main, rank, world_size
 
     whole, run, found = folder / "whole", folder / "run", {}
     train(whole)
-    for place in places:
-        name, step, stopped_at = PLACES[place]
+    for place, (name, step, stopped_at) in places.items():
         on_main(lambda: shutil.rmtree(run, ignore_errors=True))
         with Guard(StopConfig()) as guard:
             undo = calling(name, step, lambda g=guard: ask(g, signal.SIGUSR1) if rank() == world_size() - 1 else None)
@@ -120,7 +120,7 @@ def test_a_stopped_run_goes_on_to_the_bit(tmp_path, world, stage, places):
 @pytest.mark.launch
 def test_a_stopped_video_run_goes_on_to_the_bit(tmp_path):
     run_ranks(1, small_video.with_stores, tmp_path)
-    assert run_ranks(2, stop_videos, str(tmp_path), str(tmp_path)) == {place: [] for place in PLACES}
+    assert run_ranks(2, stop_videos, str(tmp_path), str(tmp_path)) == {place: [] for place in VIDEO_PLACES}
 
 
 def interrupt_and_terminate() -> None:
@@ -216,7 +216,7 @@ def test_slurm_says_when_its_job_ends(monkeypatch):
 @pytest.mark.parametrize(("name", "is_seen"), [("torchrun", True), ("shell.py", False)])
 def test_a_launcher_that_is_gone_is_noticed_and_a_shell_is_not(tmp_path, name, is_seen):
     child = (
-        "import time\nfrom convclip.engine.launched_by import Launchers\nabove = Launchers()\n"
+        "import time\nfrom convclip.engine.procfs import Launchers\nabove = Launchers()\n"
         "print(above.gone(), flush=True)\n"
         "end = time.time() + (60 if LAUNCHER else 0.3)\n"
         "while above.gone() is None and time.time() < end: time.sleep(0.02)\nprint(above.gone(), flush=True)"
@@ -238,12 +238,12 @@ def test_a_run_whose_launcher_is_gone_is_ended_after_a_while(monkeypatch):
     guard = Guard(StopConfig())
     guard.phase = "train"
     monkeypatch.setattr(guard._launchers, "gone", lambda: "deepspeed, pid 7,")
-    guard._look_up()
+    guard._look_up(time.monotonic())
     assert guard.wish is not None and guard.wish.startswith("its launcher's end (deepspeed, pid 7, is gone) at rank 0")
-    guard._look_up()
+    guard._look_up(time.monotonic())
     assert not ended
     monkeypatch.setattr(guards, "ALONE_SECONDS", 0.0)
-    guard._look_up()
+    guard._look_up(time.monotonic())
     assert [code for code, _ in ended] == [1] and "the launcher is gone" in ended[0][1]
 
 

@@ -1,7 +1,11 @@
-"""The processes that started this one, up to its launcher: whether one of them is gone. By Linux's /proc; no torch."""
+"""What Linux says of processes: this one, those above it up to its launcher, those below it. No torch.
+
+Where there is no /proc, nothing is known, and nothing follows from that.
+"""
 
 from __future__ import annotations
 
+import contextlib
 import os
 import time
 from dataclasses import dataclass
@@ -58,6 +62,52 @@ def started_at() -> float:
     return time.time() - up + own.born / os.sysconf("SC_CLK_TCK")
 
 
+def is_gone(then: Process) -> bool:
+    """Whether that process has ended since."""
+    now = process(then.pid)
+    return now is None or now.born != then.born or now.state in "ZX"
+
+
+def descendants(pid: int) -> list[int]:
+    """The processes that `pid` started, and those that they started."""
+    found: list[int] = []
+    with contextlib.suppress(OSError):
+        for task in Path(f"/proc/{pid}/task").iterdir():
+            children = (task / "children").read_text().split()
+            found += [int(child) for child in children]
+            found += [below for child in children for below in descendants(int(child))]
+    return found
+
+
+def cpu_seconds(*pids: int) -> float:
+    """CPU time that these processes have used."""
+    found = [each.ticks for each in map(process, pids) if each is not None]
+    return sum(found) / os.sysconf("SC_CLK_TCK")
+
+
+def thread_activity(thread: int) -> tuple[float, int]:
+    """CPU seconds of a thread of this process, and how often it was switched to: a thread that waits for one thing, for
+    however long, is not, and one that looks again and again is."""
+    try:
+        folder = Path(f"/proc/self/task/{thread}")
+        values = (folder / "stat").read_text("utf-8", "replace").rpartition(")")[2].split()
+        lines = (folder / "status").read_text("utf-8", "replace").splitlines()
+    except OSError:
+        return 0.0, 0
+    switches = sum(int(line.split()[1]) for line in lines if "ctxt_switches" in line)
+    return (int(values[11]) + int(values[12])) / os.sysconf("SC_CLK_TCK"), switches
+
+
+def memory_kills() -> int:
+    """How many processes of this one's control group (cgroup v2) were killed for want of memory; 0 where unknown."""
+    with contextlib.suppress(OSError, ValueError, StopIteration):
+        groups = Path("/proc/self/cgroup").read_text().splitlines()
+        place = next(line[3:] for line in groups if line.startswith("0::"))
+        events = Path(f"/sys/fs/cgroup{place}/memory.events").read_text().splitlines()
+        return int(next(line.split()[1] for line in events if line.startswith("oom_kill ")))
+    return 0
+
+
 class Launchers:
     """The launchers above this process, and what stands between: this rank, `launch.py`, the `deepspeed` runner."""
 
@@ -73,7 +123,6 @@ class Launchers:
     def gone(self) -> str | None:
         """Name and number of one that is no more; None while all of them live, or where there are none."""
         for then, name in self._above:
-            now = process(then.pid)
-            if now is None or now.born != then.born or now.state in "ZX":
+            if is_gone(then):
                 return f"{name or 'a process of the launcher'}, pid {then.pid},"
         return None
