@@ -73,7 +73,7 @@ class Guard:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        if error is not None and self.peers.world > 1:
+        if isinstance(error, Exception) and self.peers.world > 1:
             self._fail(error)
             # The thread goes on: it ends a process that hangs on its way out.
             self.peers.close()
@@ -146,11 +146,8 @@ class Guard:
     def _end_all(self, ending: Ending) -> None:
         """By the store; where that does not answer, each rank comes to the same end by itself."""
         self.peers.end_all(ending)
-        until = time.monotonic() + LINE_SECONDS
-        while self.peers.ending is None and time.monotonic() < until:
-            time.sleep(_POLL_SECONDS / 5)
-        if self.peers.ending is None:
-            self.peers.ending = ending
+        self._await_ending(LINE_SECONDS)
+        self.peers.ending = self.peers.ending or ending
         self._obey(self.peers.ending, time.monotonic())
 
     def _obey(self, ending: Ending, now: float) -> None:
@@ -164,17 +161,28 @@ class Guard:
         if not ending.planned and not ending.culprits and now - self._ending_since < OWN_END_SECONDS:
             # Another rank has raised an error. So may this one, for the same reason.
             return
-        # The first that can: rank 0 may be the one that does not answer.
-        is_speaker = peers.rank == min(set(range(peers.world)) - set(ending.culprits), default=0)
-        if is_speaker:
-            self._record(ending.line)
-        for number in ending.culprits:
-            place = peers.places[number]
-            near = place.host == peers.places[peers.rank].host and number != peers.rank
-            if near and place.process is not None and not is_gone(place.process):
+        if peers.rank not in ending.culprits:
+            self._kill(ending.culprits)
+        self._end_by(ending, self.phase != "start")
+
+    def _kill(self, culprits: tuple[int, ...]) -> None:
+        """Those of this machine that do not end by themselves, as their threads do where they can."""
+        until = time.monotonic() + OWN_END_SECONDS
+        for number, there in self.watchdog.near():
+            while number in culprits and not is_gone(there) and time.monotonic() < until:
+                time.sleep(_POLL_SECONDS / 5)
+            if number in culprits and not is_gone(there):
                 with contextlib.suppress(OSError):
-                    os.kill(place.pid, signal.SIGKILL)
-        end(ending.code, ending.line if is_speaker or peers.rank in ending.culprits else None)
+                    os.kill(there.pid, signal.SIGKILL)
+
+    def _end_by(self, ending: Ending, has_log: bool) -> NoReturn:
+        """End this process, with the line on stderr once for each machine, and in train.log by the first rank."""
+        near = [self.peers.rank, *(number for number, _ in self.watchdog.near())]
+        speaker = min(set(near) - set(ending.culprits), default=min(near))
+        is_speaker = self.peers.rank == speaker
+        if is_speaker and has_log and (speaker == 0 or 0 in ending.culprits):
+            self._record(ending.line)
+        end(ending.code, ending.line if is_speaker else None)
 
     def _fail(self, error: BaseException) -> None:
         """The main thread is leaving with an error: say so to the others; does not return where it is not its own."""
@@ -182,32 +190,33 @@ class Guard:
         trained = self.phase != "start"
         self.phase = "failed"
         if connection_broke(error):
-            until = time.monotonic() + LINE_SECONDS
-            while peers.ending is None and time.monotonic() < until:
-                time.sleep(_POLL_SECONDS / 5)
+            self._await_ending(LINE_SECONDS, until_gone=OWN_END_SECONDS)
             if peers.ending is None:
                 gone = self.watchdog.gone_ranks()
                 line = self.watchdog.about_gone(gone) if gone else describe(peers.name(peers.rank), self.step, error)
                 ending = Ending(line, EXIT_CODE, peers.rank, tuple(gone))
                 peers.end_all(ending)
-                time.sleep(2 * _POLL_SECONDS)
+                self._await_ending(OWN_END_SECONDS)
                 peers.ending = peers.ending or ending
-            is_speaker = peers.rank == min(set(range(peers.world)) - set(peers.ending.culprits), default=0)
-            if is_speaker and trained:
-                self._record(peers.ending.line)
-            end(peers.ending.code, peers.ending.line if is_speaker else None)
+            self._end_by(peers.ending, trained)
         code = 2 if isinstance(error, UserError) else 1
         ending = Ending(describe(peers.name(peers.rank), self.step, error), code, peers.rank)
         peers.end_all(ending)
-        until = time.monotonic() + LINE_SECONDS
-        while peers.ending is None and time.monotonic() < until:
-            time.sleep(_POLL_SECONDS / 5)
+        self._await_ending(LINE_SECONDS)
         if peers.rank == 0 and trained:
             self._record((peers.ending or ending).line)
 
+    def _await_ending(self, seconds: float, until_gone: float = float("inf")) -> None:
+        """Wait until a rank has said why all end; once a rank of this machine is gone, no longer than `until_gone`."""
+        started = time.monotonic()
+        while self.peers.ending is None and (waited := time.monotonic() - started) < seconds:
+            if waited > until_gone and self.watchdog.gone_ranks():
+                return
+            time.sleep(_POLL_SECONDS / 5)
+
     def _record(self, line: str) -> None:
-        """A line of train.log, where the run has begun: before that, the folder may be another run's."""
-        if self.folder is not None and self.phase != "start":
+        """A line of train.log, of a run that has begun: before that, the folder may be another run's."""
+        if self.folder is not None:
             write_log(self.folder / "train.log", line)
 
     def _lines_of_others(self, lines: list[str]) -> None:

@@ -51,7 +51,7 @@ class Watchdog:
     def gone_ranks(self) -> list[int]:
         """The ranks of this machine whose processes are no more, and that did not say so."""
         peers = self.peers
-        return [number for number, there in self._near() if is_gone(there) and number not in peers.left]
+        return [number for number, there in self.near() if is_gone(there) and number not in peers.left]
 
     def about_gone(self, numbers: list[int]) -> str:
         """What is to be said of them."""
@@ -60,7 +60,8 @@ class Watchdog:
         memory = f"; the kernel has killed {kills} of this machine's processes for want of memory" if kills > 0 else ""
         return f"{names} ended without a word: killed{memory}"
 
-    def _near(self) -> list[tuple[int, Process]]:
+    def near(self) -> list[tuple[int, Process]]:
+        """The other ranks of this machine, and their processes."""
         places, own = self.peers.places, self.peers.rank
         return [
             (number, place.process)

@@ -23,7 +23,7 @@ from tests.engine.test_planned_stop import calling
 from tests.processes import end_of_ranks
 
 HOST = os.uname().nodename
-FAST = ("batch.global=8", "max_steps=9", "log_every=1", "evaluation.every_epochs=0", "stop.watchdog_s=3")
+FAST = ("batch.global=8", "max_steps=9", "log_every=1", "evaluation.every_epochs=0", "stop.watchdog_s=8")
 
 
 def in_step(rank: int, work: Callable[[], Any]) -> None:
@@ -101,7 +101,7 @@ def work_on_rank_0() -> None:
     """Rank 0 is busy for longer than the watchdog waits, while rank 1 waits for it."""
 
     def work() -> None:
-        until = time.monotonic() + 9
+        until = time.monotonic() + 20
         while time.monotonic() < until:
             sum(range(10_000))
 
