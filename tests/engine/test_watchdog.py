@@ -226,30 +226,26 @@ def test_a_rank_of_another_machine_is_silent(monkeypatch):
     assert watch.look(4) is None
 
 
-def test_where_a_thread_stands_and_whether_it_moves():
-    here, moments = Whereabouts(), []
-    done = threading.Event()
+def test_where_a_thread_stands_and_whether_it_moves(monkeypatch):
+    here, seen = Whereabouts(), []
+    # CPU seconds of the main thread, its switches, CPU seconds of what it started, of all its threads.
+    used = [[0.0, 0, 0.0, 0.0]]
+    monkeypatch.setattr(here, "_measure", lambda: tuple(used[-1]))
 
     def look() -> None:
-        here.look()
-        for _ in range(4):
-            time.sleep(0.1)
+        for work in (None, None, 0, 1, 2, 3, None):
+            if work is not None:
+                used.append([value + 1000 * (number == work) for number, value in enumerate(used[-1])])
+            before = here._since
             here.look()
-            moments.append((here.still(), here.place))
-        done.set()
+            seen.append(here._since != before)
 
     thread = threading.Thread(target=look)
     thread.start()
-    done.wait()
     thread.join()
-    # It waits for one thing all the time.
-    assert moments[-1][0] > 0.25 and moments[-1][1].startswith("threading.wait")
-    thread = threading.Thread(target=look)
-    done.clear()
-    thread.start()
-    while not done.is_set():
-        sum(range(1000))
-    assert moments[-1][0] < 0.05
+    # At first it has just come there. Outside of a collective, work of other threads is none.
+    assert seen == [True, False, True, True, True, False, False]
+    assert here.place.startswith("threading.") and here.collective == ""
 
 
 def test_what_a_broken_connection_looks_like():
