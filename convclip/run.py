@@ -13,8 +13,10 @@ from convclip.data.workers import plain_worker_errors
 from convclip.devices import PRECISIONS, current_device
 from convclip.distributed import alike, barrier, gather_objects, is_main, on_main, world_size
 from convclip.engine.agreement import refuse_differing, refuse_other_recipe, refuse_unshared, weights_checksum
+from convclip.engine.guard import Guard
 from convclip.engine.meters import logger
 from convclip.engine.plan.plan import make_plan
+from convclip.engine.planned_stop import PlannedStop
 from convclip.engine.task import Evaluation, ImageTextTask, Parts, Task
 from convclip.files import write_text, writing
 from convclip.locks import Lock
@@ -50,18 +52,20 @@ def train_recipe(
     resume: str | Path = "never",
     resume_other_data: bool = False,
     shared: Evaluation | None = None,
+    guard: Guard | None = None,
 ) -> dict[str, Any]:
     """Train `recipe` in this process group and return the summary.
 
     `resume`: never, auto, or the path of a checkpoint. With `resume_other_data` it may go on with other training data
     than before: epochs, events and warm-up are then counted by the new steps per epoch. `shared` is the evaluation
-    on `data.val` of all runs of a sweep; such a run keeps its figures, and no weights. Errors: UserError.
+    on `data.val` of all runs of a sweep; such a run keeps its figures, and no weights. A run with a `guard` may stop
+    early, and its summary says why under `stopped`. Errors: UserError.
     """
     folder = Path(folder)
     lock = Lock(folder / ".lock", f"--output_dir {folder}", heartbeat=True)
     try:
         dead = on_main(lambda: _only_run(lock, folder))
-        return _train(recipe, ds_config, folder, resume, resume_other_data, lock, dead, shared)
+        return _train(recipe, ds_config, folder, resume, resume_other_data, lock, dead, shared, guard)
     finally:
         lock.release()
 
@@ -83,6 +87,7 @@ def _train(
     lock: Lock,
     dead: str,
     shared: Evaluation | None,
+    guard: Guard | None,
 ) -> dict[str, Any]:
     """`train_recipe` in a folder whose `lock` is held, taken from the `dead` run."""
     # Here and not above: --plan and the tools do without DeepSpeed, whose import takes seconds.
@@ -102,6 +107,7 @@ def _train(
     if evaluation is None and recipe.data.val:
         evaluation = task.evaluation(recipe.data.val)
     start = replace(open_run_folder(folder, recipe, config, str(resume)), lock=lock, keeps_weights=shared is None)
+    start.stop = PlannedStop(guard)
     if dead:
         start.notes.append(f"the folder was that of a run which is dead: {dead}")
     store: str | Path | None = recipe.features.store

@@ -23,6 +23,7 @@ from convclip.sections.training import (
     HeadAlignment,
     Loss,
     Optim,
+    StopConfig,
     TeacherConfig,
     Unfreeze,
 )
@@ -48,6 +49,7 @@ __all__ = [
     "Positive",
     "Recipe",
     "Section",
+    "StopConfig",
     "TaskName",
     "TeacherConfig",
     "TextTowerConfig",
@@ -63,7 +65,7 @@ TaskName = Literal["image_text", "video"]
 
 _EVERY_TASK = (
     *("name", "description", "seed", "epochs", "max_steps", "rows_per_epoch", "log_every", "max_bad_steps"),
-    *("model", "freezing", "evaluation", "checkpoint", "activation_checkpointing"),
+    *("model", "freezing", "evaluation", "checkpoint", "stop", "activation_checkpointing"),
     *("data.train", "data.val", "data.captions", "data.workers", "data.max_broken_share"),
     *("batch.global", "batch.accumulation", "features.mode", "features.store"),
     *("optim.lr", "optim.betas", "optim.eps", "optim.weight_decay", "optim.warmup_steps", "optim.warmup_share"),
@@ -104,6 +106,7 @@ class Recipe(Section):
     features: Features = Features()
     evaluation: EvaluationConfig = EvaluationConfig()
     checkpoint: Checkpoint = Checkpoint()
+    stop: StopConfig = StopConfig()
     activation_checkpointing: bool = False
     log_every: int = Field(10, gt=0, le=10**9)
     # Stop after this many steps in a row without a finite loss.

@@ -27,19 +27,22 @@ def parse_arguments() -> argparse.Namespace:
 
 def evaluate(arguments: argparse.Namespace) -> None:
     """Start this rank and evaluate."""
+    from convclip.engine.guard import Guard
     from convclip.engine.zero.launcher import start_processes
     from convclip.run import evaluate_checkpoint
+    from convclip.schema import StopConfig
 
     start_processes()
-    evaluate_checkpoint(
-        arguments.checkpoint,
-        arguments.data,
-        arguments.output_dir,
-        arguments.precision,
-        arguments.overrides,
-        arguments.zero_shot,
-        arguments.ema,
-    )
+    with Guard(StopConfig(), stops=False):
+        evaluate_checkpoint(
+            arguments.checkpoint,
+            arguments.data,
+            arguments.output_dir,
+            arguments.precision,
+            arguments.overrides,
+            arguments.zero_shot,
+            arguments.ema,
+        )
 
 
 if __name__ == "__main__":

@@ -80,35 +80,39 @@ def print_plan(recipe: Recipe, ds_config: str | None, as_json: bool, plot: str |
         plot_plan(plan, Path(plot))
 
 
-def train(recipe: Recipe, arguments: argparse.Namespace) -> None:
-    """Build the parts and run."""
+def train(recipe: Recipe, arguments: argparse.Namespace) -> int:
+    """Build the parts and run; the exit code."""
     for flag in ("ds_config", "train_data", "output_dir"):
         if getattr(arguments, flag) is None:
             raise UserError(f"--{flag} is needed to train")
+    from convclip.engine.guard import Guard
     from convclip.engine.zero.launcher import start_processes
     from convclip.run import train_recipe
 
     start_processes()
-    train_recipe(recipe, arguments.ds_config, Path(arguments.output_dir), arguments.resume, arguments.resume_other_data)
+    folder, other_data = Path(arguments.output_dir), arguments.resume_other_data
+    with Guard(recipe.stop, folder) as guard:
+        summary = train_recipe(recipe, arguments.ds_config, folder, arguments.resume, other_data, guard=guard)
+    return recipe.stop.exit_code if "stopped" in summary else 0
 
 
-def main(arguments: argparse.Namespace) -> None:
-    """Print the recipes, the released models or a plan, or train."""
+def main(arguments: argparse.Namespace) -> int | None:
+    """Print the recipes, the released models or a plan, or train; the exit code."""
     check_arguments(arguments)
     if arguments.list_recipes:
         print_recipes()
-        return
+        return None
     if arguments.list_models:
         print_models()
-        return
+        return None
     if arguments.recipe is None:
         raise UserError(f"--recipe is needed, one of: {', '.join(list_recipes())}, or a YAML file")
     data = {"data.train": ("--train_data", arguments.train_data), "data.val": ("--val_data", arguments.val_data)}
     recipe = load_recipe(arguments.recipe, with_flags(arguments.overrides, data))
     if arguments.plan:
         print_plan(recipe, arguments.ds_config, arguments.json, arguments.plot)
-    else:
-        train(recipe, arguments)
+        return None
+    return train(recipe, arguments)
 
 
 if __name__ == "__main__":

@@ -81,6 +81,16 @@ def run_script(script: str, *arguments: str, world: int | None = None) -> subpro
     The ranks find in the environment, and before the arguments, what the deepspeed launcher puts there. Exit code and
     stderr are the first bad rank's.
     """
+    ranks = end_of_ranks(script, *arguments, world=world)
+    bad = next((rank for rank in ranks if rank.returncode), ranks[0])
+    said = "".join(rank.stdout for rank in ranks)
+    return subprocess.CompletedProcess([script, *arguments], bad.returncode, said, bad.stderr)
+
+
+def end_of_ranks(
+    script: str, *arguments: str, world: int | None = None, prepare: Callable[[], None] | None = None
+) -> list[subprocess.CompletedProcess]:
+    """How each rank of `run_script` ends; each calls `prepare` before it runs the script."""
     shared = dict(os.environ)
     if world is not None:
         shared |= {"WORLD_SIZE": str(world), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
@@ -92,7 +102,7 @@ def run_script(script: str, *arguments: str, world: int | None = None) -> subpro
             if world is not None:
                 given = {**shared, "RANK": str(rank), "LOCAL_RANK": str(rank)}
                 words = (f"--local_rank={rank}", *arguments)
-            ranks.append((forked().Process(target=_script, args=(script, words, given, *outputs)), outputs))
+            ranks.append((forked().Process(target=_script, args=(script, words, given, *outputs, prepare)), outputs))
             ranks[-1][0].start()
         deadline = time.monotonic() + SECONDS
         for child, _ in ranks:
@@ -102,10 +112,11 @@ def run_script(script: str, *arguments: str, world: int | None = None) -> subpro
                 child.kill()
                 child.join()
             raise subprocess.TimeoutExpired(script, SECONDS)
-        child, (_, errors) = next((rank for rank in ranks if rank[0].exitcode), ranks[0])
-        said = "".join(stdout.read_text() for _, (stdout, _) in ranks)
         # A negative code names the signal, as in subprocess.
-        return subprocess.CompletedProcess([script, *arguments], child.exitcode, said, errors.read_text())
+        return [
+            subprocess.CompletedProcess([script], child.exitcode or 0, *(output.read_text() for output in outputs))
+            for child, outputs in ranks
+        ]
 
 
 def run(command: list[str]) -> subprocess.CompletedProcess:
@@ -174,7 +185,14 @@ def _plain_rank(
         torch.distributed.destroy_process_group()
 
 
-def _script(script: str, arguments: tuple[str, ...], given: Mapping[str, str], stdout: Path, stderr: Path) -> None:
+def _script(
+    script: str,
+    arguments: tuple[str, ...],
+    given: Mapping[str, str],
+    stdout: Path,
+    stderr: Path,
+    prepare: Callable[[], None] | None,
+) -> None:
     for stream, path in ((1, stdout), (2, stderr)):
         os.dup2(os.open(path, os.O_WRONLY | os.O_CREAT, 0o600), stream)
     os.environ.clear()
@@ -183,6 +201,8 @@ def _script(script: str, arguments: tuple[str, ...], given: Mapping[str, str], s
     gc.freeze()
     sys.argv = [script, *arguments]
     sys.path.insert(0, str(REPOSITORY / Path(script).parent))
+    if prepare is not None:
+        prepare()
     try:
         runpy.run_path(script, run_name="__main__")
     finally:

@@ -199,5 +199,5 @@ def test_the_tree_is_the_repositorys():
     modules = {f"convclip/{path.name}" for path in package.glob("*.py")}
     rooms = {f"{path.parent.relative_to(REPOSITORY)}/" for path in [*package.rglob("*.py"), *package.rglob("*.yaml")]}
     # At the top a user's own shards and runs may lie, so these are written out.
-    tops = {f"{name}/" for name in ("ds_configs", "launch", "tools", "examples", "benchmarks", "tests")}
+    tops = {f"{name}/" for name in ("docs", "ds_configs", "launch", "tools", "examples", "benchmarks", "tests")}
     assert named == modules | rooms | tops

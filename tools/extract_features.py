@@ -46,24 +46,26 @@ def extract(recipe: Recipe, arguments: argparse.Namespace) -> None:
     from convclip.devices import PRECISIONS
     from convclip.distributed import is_main
     from convclip.engine.agreement import refuse_other_recipe, refuse_unshared
+    from convclip.engine.guard import Guard
     from convclip.engine.stored.extraction import VERIFIED_ITEMS
     from convclip.engine.zero.launcher import start_processes
     from convclip.run import open_task
 
     start_processes()
-    refuse_other_recipe(recipe)
-    task, dtype, path = open_task(recipe), PRECISIONS[arguments.precision], arguments.output
-    if not arguments.verify:
-        refuse_unshared(path.parent, "--output")
-    if arguments.verify:
-        differences = task.verify(path, dtype)
-        lines = [f"{n}: largest difference {d:.3g} over {VERIFIED_ITEMS} items" for n, d in differences.items()]
-    elif is_teacher:
-        task.extract_teacher(path, arguments.teacher, arguments.precision)
-        lines = [f"{path}: done; train with --set 'video.teachers=[{path}]'"]
-    else:
-        task.extract(path, dtype)
-        lines = [f"{path}: done; train with --set features={path}"]
+    with Guard(recipe.stop, stops=False):
+        refuse_other_recipe(recipe)
+        task, dtype, path = open_task(recipe), PRECISIONS[arguments.precision], arguments.output
+        if not arguments.verify:
+            refuse_unshared(path.parent, "--output")
+        if arguments.verify:
+            differences = task.verify(path, dtype)
+            lines = [f"{n}: largest difference {d:.3g} over {VERIFIED_ITEMS} items" for n, d in differences.items()]
+        elif is_teacher:
+            task.extract_teacher(path, arguments.teacher, arguments.precision)
+            lines = [f"{path}: done; train with --set 'video.teachers=[{path}]'"]
+        else:
+            task.extract(path, dtype)
+            lines = [f"{path}: done; train with --set features={path}"]
     if is_main():
         print("\n".join(lines))
 

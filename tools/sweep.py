@@ -48,6 +48,7 @@ def sweep_over(options: argparse.Namespace, fixed: list[str], points: list[Point
     data = {"data.train": ("--train_data", options.train_data), "data.val": ("--val_data", options.val_data)}
     base, recipes = load_points(options.recipe, fixed, points, data)
     from convclip.distributed import is_main, on_main
+    from convclip.engine.guard import Guard
     from convclip.engine.zero.launcher import start_processes
     from convclip.files import writing
     from convclip.locks import Lock
@@ -63,11 +64,12 @@ def sweep_over(options: argparse.Namespace, fixed: list[str], points: list[Point
     lock = Lock(folder / "sweep.lock", f"--output_dir {folder}", heartbeat=True)
     on_main(lambda: lock.acquire() and None)
     try:
-        on_main(lambda: open_folder(sweep))
-        fill_store(sweep)
-        results = run_points(sweep, points, recipes, work, Progress(len(points)).report)
-        if is_main():
-            finish(sweep, results, data_words(options), fixed)
+        with Guard(base.stop, stops=False):
+            on_main(lambda: open_folder(sweep))
+            fill_store(sweep)
+            results = run_points(sweep, points, recipes, work, Progress(len(points)).report)
+            if is_main():
+                finish(sweep, results, data_words(options), fixed)
     finally:
         lock.release()
 

@@ -19,7 +19,7 @@ from convclip.data.samples import BrokenSample, Captions, SampleSource, check_im
 from convclip.data.sources import open_source
 from convclip.data.tokenizers import Tokenizer
 from convclip.data.transforms import Views, stack_images
-from convclip.data.workers import plain_worker_errors
+from convclip.data.workers import leave_signals_to_main, plain_worker_errors
 from convclip.distributed import is_main
 from convclip.schema import Data, UserError
 
@@ -236,7 +236,13 @@ def listed_batches(dataset: Dataset, numbers: Sequence[int], batch: int, workers
 def _loader(dataset: Dataset, plan: list, workers: int) -> DataLoader:
     # A generator of its own, so that the model's does not move.
     return DataLoader(
-        dataset, sampler=plan, batch_size=None, num_workers=workers, collate_fn=_as_is, generator=torch.Generator()
+        dataset,
+        sampler=plan,
+        batch_size=None,
+        num_workers=workers,
+        collate_fn=_as_is,
+        worker_init_fn=leave_signals_to_main,
+        generator=torch.Generator(),
     )
 
 

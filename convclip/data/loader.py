@@ -25,7 +25,7 @@ from convclip.data.samples import BrokenSample
 from convclip.data.sources import open_source
 from convclip.data.tokenizers import Tokenizer
 from convclip.data.transforms import Views
-from convclip.data.workers import plain_worker_errors
+from convclip.data.workers import leave_signals_to_main, plain_worker_errors
 from convclip.schema import BatchConfig, Data, UserError
 
 log = logging.getLogger(__name__)
@@ -95,6 +95,7 @@ class EpochLoader:
             num_workers=data.workers,
             persistent_workers=data.workers > 0,
             pin_memory=pin_memory,
+            worker_init_fn=leave_signals_to_main,
             # DataLoader draws its workers' seed from this generator, so that the model's does not move.
             generator=torch.Generator(),
         )

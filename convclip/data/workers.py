@@ -2,10 +2,28 @@
 
 from __future__ import annotations
 
+import os
+import signal
+import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 
 from convclip.schema import UserError
+
+SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
+
+
+def leave_signals_to_main(_: int) -> None:
+    """`worker_init_fn` of a DataLoader: a signal to all processes of a run, from the terminal, a launcher or Slurm,
+    stops none of its workers. The main process needs them until it stops, and ends them."""
+    signal.pthread_sigmask(signal.SIG_BLOCK, SIGNALS)
+    threading.Thread(target=_end_with_main, args=(os.getppid(),), daemon=True).start()
+
+
+def _end_with_main(main: int) -> None:
+    while signal.sigwaitinfo(SIGNALS).si_pid != main:
+        pass
+    os._exit(0)
 
 
 @contextmanager

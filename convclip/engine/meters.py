@@ -7,6 +7,8 @@ import logging
 import math
 import sys
 import time
+from collections import deque
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -43,6 +45,25 @@ class _LogFile(logging.FileHandler):
             super().handleError(record)
 
 
+class _Warnings(logging.Handler):
+    """Warnings of a rank, beside its log: rank 0 keeps what it `said`, and a `listener` takes those of a rank that has
+    no log of its own."""
+
+    def __init__(self) -> None:
+        super().__init__(logging.WARNING)
+        self.said: deque[str] = deque(maxlen=1000)
+        self.listener: Callable[[str], None] | None = None
+
+    def emit(self, record: logging.LogRecord) -> None:
+        if self.listener is not None:
+            self.listener(record.getMessage())
+        else:
+            self.said.append(record.getMessage())
+
+
+WARNINGS = _Warnings()
+
+
 class RunLog:
     """The files and lines of one run.
 
@@ -54,9 +75,11 @@ class RunLog:
         self.folder, self.total_steps = folder, total_steps
         self.main = is_main()
         self._file: _LogFile | None = None
-        logger.setLevel(logging.INFO if self.main else logging.ERROR)
+        is_heard = WARNINGS.listener is not None
+        logger.setLevel(logging.INFO if self.main else logging.WARNING if is_heard else logging.ERROR)
         logger.propagate = False
         self._close_handlers()
+        logger.addHandler(WARNINGS)
         if self.main:
             with writing(folder / "train.log"):
                 self._file = _LogFile(folder / "train.log")

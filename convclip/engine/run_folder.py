@@ -44,6 +44,7 @@ FREE_ON_RESUME = (
     "data.allow_pipe",
     "evaluation",
     "checkpoint",
+    "stop",
     "log_every",
     "max_bad_steps",
     "optim.ema_decay",

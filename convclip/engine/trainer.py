@@ -43,7 +43,8 @@ class Trainer:
         self.losses = LossWatch(self.recipe.max_bad_steps, skips_are_normal=self.staged.adapts_loss_scale)
         self.rises = RiseReport(self.staged, self.recipe, self.total_steps, start.state.losses)
         self.rates = LearningRates(self.recipe, self.total_steps, self.staged.event_starts)
-        self.state = start.state
+        self.state, self.stop = start.state, start.stop
+        self.saved_step = start.state.step
         self.staged.load(start)
         self._start(start)
 
@@ -53,7 +54,7 @@ class Trainer:
         self._evaluate_start()
         self._evaluate_missing()
         batches = self._batches()
-        while self.state.step < self.total_steps:
+        while self.state.step < self.total_steps and not self.stop.due(self.state.step):
             self._open_due()
             result = self._train_step(batches)
             self.state.step += 1
@@ -64,9 +65,15 @@ class Trainer:
             figures = self._evaluate() if self._evaluation_due() else None
             if self._save_due():
                 self._save(figures)
+        if self.stop.why and self.saved_step != self.state.step:
+            self._save(None)
+        self.stop.close()
         seconds = time.perf_counter() - started
         summary, line = summary_report(self.recipe, self.state.best, self.state.step - first_step, seconds)
         logger.info(line)
+        if self.stop.why:
+            summary["stopped"] = self.stop.why
+            logger.info(self.stop.line(self.state.step, self.total_steps, self.saved_step))
         logger.info(f"next: deepspeed launch/evaluate.py --checkpoint {self.folder} --data … --output_dir …")
         self.log.close()
         return summary
@@ -173,7 +180,7 @@ class Trainer:
         # What comes after is to the bit what it would have been.
         random.restore()
         before = self.state.best
-        if self.state.take_best(figures["standard"]) and not self.staged.mark_best(self.state):
+        if figures is not None and self.state.take_best(figures["standard"]) and not self.staged.mark_best(self.state):
             self.state.best = before
 
     @property
@@ -189,19 +196,30 @@ class Trainer:
     def _evaluation_due(self) -> bool:
         return self.evaluation is not None and self._at_epoch_end(self.recipe.evaluation.every_epochs)
 
-    def _evaluate(self) -> dict[str, Any]:
+    def _evaluate(self) -> dict[str, Any] | None:
+        """The figures of this step, also written; None where a stop is due before they are there."""
         assert self.evaluation is not None
-        with self.staged.evaluating():
-            figures = self.evaluation.figures(self.staged.engine, current_device(), self.staged.dtype)
+        figures = self._figures()
+        if figures is None:
+            return None
         table = self.evaluation.table(figures)
         if self.recipe.optim.ema_decay is not None:
-            with self.staged.evaluating(ema=True):
-                average = self.evaluation.figures(self.staged.engine, current_device(), self.staged.dtype)
+            average = self._figures(ema=True)
+            if average is None:
+                return None
             table += f"\n{ema_title(self.recipe)}\n{self.evaluation.table(average)}"
             figures = {**figures, "ema": average}
         self.log.evaluation({"step": self.state.step, "epoch": self._epoch, **figures}, table)
         self.clock.reset()
         return figures
+
+    def _figures(self, ema: bool = False) -> dict[str, Any] | None:
+        evaluation, staged = self.evaluation, self.staged
+        assert evaluation is not None
+        with staged.evaluating(ema):
+            return self.stop.unless_due(
+                staged.engine, lambda encode: evaluation.figures(encode, current_device(), staged.dtype)
+            )
 
     def _save_due(self) -> bool:
         """After every so many steps, at the end of every so many epochs, whichever it is, and after the last step."""
@@ -217,6 +235,7 @@ class Trainer:
             return
         is_best = figures is not None and self.state.take_best(figures["standard"])
         self.staged.save(self.state, is_best, self.recipe.checkpoint.keep_last)
+        self.saved_step = self.state.step
         self.clock.reset()
 
     def _start(self, start: Start) -> None:

@@ -184,6 +184,18 @@ class EvaluationConfig(Section):
     batch: int = Field(128, gt=0, le=2**20)
 
 
+class StopConfig(Section):
+    """When a run ends before its last step, with a checkpoint, and what its exit code says then."""
+
+    # Since the process started; by default Slurm's SLURM_JOB_END_TIME, where that is set. The checkpoint is written
+    # before it.
+    time_limit_minutes: float | None = Field(None, gt=0, le=10**7)
+    # After a planned stop (a signal, the time limit): what the site takes for "queue it again".
+    exit_code: int = Field(0, ge=0, lt=126)
+    # A run with several ranks ends where one is silent, or none moves on, for so many seconds; 0: it waits.
+    watchdog_s: float = Field(120.0, ge=0, le=10**6)
+
+
 class Checkpoint(Section):
     """When to save: `keep_last` newest are kept, and `best` by mean standard R@1."""
 

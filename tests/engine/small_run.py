@@ -65,7 +65,12 @@ def train_alone(*arguments: str) -> subprocess.CompletedProcess:
 
 
 def train_here(
-    files: str, output: str, stage: int | str, overrides: tuple[str, ...] = (), resume: str = "never"
+    files: str,
+    output: str,
+    stage: int | str,
+    overrides: tuple[str, ...] = (),
+    resume: str = "never",
+    guard: Any = None,
 ) -> Any:
     """Train in this process group by the Python entry point; the summary. `stage` may be a ds_config's path."""
     from convclip.config import load_recipe
@@ -75,7 +80,7 @@ def train_here(
     ds_config = stage if isinstance(stage, str) else given[5]
     data = [f"data.train={given[7]}", f"data.val={given[9]}"]
     recipe = load_recipe(given[1], [*overrides, *data])
-    return train_recipe(recipe, ds_config, Path(output), resume)
+    return train_recipe(recipe, ds_config, Path(output), resume, guard=guard)
 
 
 def weights_of(run_folder: Path) -> dict[str, torch.Tensor]:

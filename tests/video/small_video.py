@@ -107,11 +107,14 @@ def overrides(folder: Path, teachers: bool = True, val: bool = True) -> list[str
     return data + ([f"video.teachers=[{folder / 'teacher.h5'}]"] if teachers else [])
 
 
-def train_here(files: str, output: str, more: tuple[str, ...] = (), stage: int = 0, resume: str = "never") -> Any:
+def train_here(
+    files: str, output: str, more: tuple[str, ...] = (), stage: int = 0, resume: str = "never", guard: Any = None
+) -> Any:
     """Train in this process group; the summary."""
     from convclip.config import load_recipe
     from convclip.run import train_recipe
     from tests.conftest import REPOSITORY
 
     recipe = load_recipe(Path(files) / "small.yaml", [*overrides(Path(files)), *more])
-    return train_recipe(recipe, REPOSITORY / "ds_configs" / f"zero{stage}_fp32.json", Path(output), resume)
+    ds_config = REPOSITORY / "ds_configs" / f"zero{stage}_fp32.json"
+    return train_recipe(recipe, ds_config, Path(output), resume, guard=guard)

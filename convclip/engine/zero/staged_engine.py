@@ -13,6 +13,7 @@ from deepspeed import DeepSpeedEngine
 
 from convclip.devices import RandomState
 from convclip.distributed import alike, on_main, rank, world_size
+from convclip.engine.planned_stop import PlannedStop
 from convclip.engine.stages.groups import Stage, event_starts, training_stages
 from convclip.engine.stages.norms import norms_kept
 from convclip.engine.zero.build import build_engine, dismantle, rebuild_engine
@@ -39,7 +40,7 @@ from convclip.schema import Recipe, UserError
 class Start:
     """Where a run begins: the state it has there, the checkpoint that this is from (None for a new run), whether
     that `is_own`, in the run's folder, what the log should say of how it was found, and the main rank's `lock` of the
-    folder. A run that `keeps_weights` not writes figures alone."""
+    folder. A run that `keeps_weights` not writes figures alone. `stop` says where it ends early."""
 
     state: RunState
     checkpoint: Path | None = None
@@ -47,6 +48,7 @@ class Start:
     notes: list[str] = field(default_factory=list)
     lock: Lock | None = None
     keeps_weights: bool = True
+    stop: PlannedStop = field(default_factory=PlannedStop)
 
 
 class StagedEngine:
