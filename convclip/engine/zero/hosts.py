@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from convclip.engine.agreement import versions
+from convclip.engine.zero import host_report
 
 # What is looked at, what was found, and what is wrong with it and what to do, if anything.
 Add = Callable[..., None]
@@ -121,7 +122,7 @@ def ask(host: str, arguments: list[str]) -> dict[str, Any]:
     for folder in (Path.home(), Path.cwd()):
         if (folder / ".deepspeed_env").is_file():
             handed_on += [line for line in (folder / ".deepspeed_env").read_text().splitlines() if "=" in line]
-    words = ["env", *handed_on, sys.executable, "-m", "convclip.engine.zero.host_report", *arguments]
+    words = ["env", *handed_on, sys.executable, "-m", host_report.__name__, *arguments]
     command = [
         "ssh",
         "-o",
