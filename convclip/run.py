@@ -112,7 +112,7 @@ def _train(
     parts = task.open(model, device, dtype, store)
     fingerprint = parts.loader.fingerprint()
     refuse_differing(_data_of(parts, model, fingerprint, evaluation))
-    alike(lambda: refuse_other_data(start, fingerprint, resume_other_data))
+    alike(lambda: refuse_other_data(start, recipe, fingerprint, resume_other_data))
     if recipe.batch.sync_batch_norm:
         model = synchronised(model)
     if recipe.activation_checkpointing:
