@@ -107,10 +107,11 @@ class Small:
         return total
 
     def save(self, folder: Path) -> Path:
+        from convclip.distributed import on_main
         from convclip.engine.zero.checkpoint import save_checkpoint, save_locked
         from convclip.models.checkpoint_weights import RunState
 
-        if not (folder / "locked.safetensors").exists():
+        if not on_main(lambda: (folder / "locked.safetensors").exists()):
             first = {name for group in SCHEDULE[0] for name in group.parameters}
             model = SmallModel()
             save_locked(model, first, folder)
