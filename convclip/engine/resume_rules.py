@@ -6,11 +6,16 @@ holds it against the schema). Files alone are read, and no DeepSpeed is needed.
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
+from pydantic import ValidationError
+
+from convclip.config import first_problem, load_recipe
 from convclip.devices import PRECISIONS
+from convclip.documents import parse_yaml
 from convclip.engine.stages.schedule import lr_at, peak_lr, warmup_steps
-from convclip.models.checkpoint_weights import RunState
+from convclip.models.checkpoint_weights import RunState, read_state
 from convclip.schema import Recipe, UserError
 
 # By what a checkpoint's state says.
@@ -85,8 +90,21 @@ FIXED = {
 }
 
 
-def refuse_other_recipe(source: str, state: RunState, saved: Recipe, recipe: Recipe) -> None:
-    """UserError where `recipe` has another value than the `saved` one, of `source`, in a field that is not free."""
+def saved_recipe(checkpoint: Path, state: RunState) -> Recipe:
+    """The recipe that a checkpoint holds, or, of format 1, the one in its run's folder. Errors: UserError."""
+    source = _source_of(checkpoint, state)
+    if state.recipe:
+        try:
+            return Recipe.model_validate(parse_yaml(state.recipe, source))
+        except ValidationError as error:
+            raise UserError(f"{source}: {first_problem(error, Recipe)}") from None
+    if not Path(source).is_file():
+        raise UserError(f"cannot resume, {source} is gone, and with it what {checkpoint} was trained by: put it back")
+    return load_recipe(source)
+
+
+def refuse_other_recipe(checkpoint: Path, state: RunState, saved: Recipe, recipe: Recipe) -> None:
+    """UserError where `recipe` has another value than the `saved` one of `checkpoint` in a field that is not free."""
     then, now = _compared(saved), _compared(recipe)
     free: list[str] = [*FREE, *TOLD]
     if {saved.features.mode, recipe.features.mode} == {"live"}:
@@ -101,7 +119,9 @@ def refuse_other_recipe(source: str, state: RunState, saved: Recipe, recipe: Rec
     ]
     if different:
         more = f" and {len(different) - 3} more" if len(different) > 3 else ""
-        raise UserError(f"cannot resume, the recipe differs from {source}: {'; '.join(different[:3])}{more}")
+        raise UserError(
+            f"cannot resume, the recipe differs from {_source_of(checkpoint, state)}: {'; '.join(different[:3])}{more}"
+        )
 
 
 def about_recipe(saved: Recipe, recipe: Recipe, step: int) -> list[str]:
@@ -150,6 +170,27 @@ def about_length(saved: Recipe, recipe: Recipe, step: int, steps_per_epoch: int)
         f"{lengths[0]} is now {lengths[1]}: {after} steps in place of {before}, and the lr goes on as in a run that "
         f"had this length from its start, from {rates[0]:.3g} to {rates[1]:.3g} at step {step}"
     ]
+
+
+def planned_resume(checkpoint: Path, recipe: Recipe, engine: RunState | None) -> list[str]:
+    """What `--plan --resume` says: where a run would go on from, and what it would log.
+
+    `engine` has its number of ranks, ZeRO stage and precision, where they are known. Errors: UserError where it would
+    be refused for its recipe.
+    """
+    state = read_state(checkpoint)
+    saved = saved_recipe(checkpoint, state)
+    refuse_other_recipe(checkpoint, state, saved, recipe)
+    lines = [f"goes on from {checkpoint}: {state.step} steps done, in stage {state.stage}"]
+    lines += [*about_recipe(saved, recipe, state.step), *(about_engine(state, engine) if engine else [])]
+    # A checkpoint of 0.1.0 does not say.
+    steps_per_epoch = state.data.get("steps per epoch")
+    return lines + (about_length(saved, recipe, state.step, steps_per_epoch) if steps_per_epoch else [])
+
+
+def _source_of(checkpoint: Path, state: RunState) -> str:
+    """Where the recipe of a checkpoint is, in words."""
+    return f"the recipe in {checkpoint}" if state.recipe else str(checkpoint.parent.parent / "recipe.yaml")
 
 
 def _total(recipe: Recipe, steps_per_epoch: int) -> int:

@@ -9,12 +9,9 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from pydantic import ValidationError
-
-from convclip.config import UserError, first_problem, load_recipe
+from convclip.config import UserError
 from convclip.distributed import on_main, world_size
-from convclip.documents import parse_yaml
-from convclip.engine.resume_rules import about_engine, about_length, about_recipe, refuse_other_recipe
+from convclip.engine.resume_rules import about_engine, about_length, about_recipe, refuse_other_recipe, saved_recipe
 from convclip.engine.zero.checkpoint import remove_old
 from convclip.engine.zero.ds_config import precision, zero_stage
 from convclip.engine.zero.staged_engine import Start
@@ -112,8 +109,8 @@ def _open(folder: Path, recipe: Recipe, ds_config: dict[str, Any], resume: str) 
             raise UserError(
                 f"--output_dir {folder} holds another run than --resume {start.checkpoint}: name a new folder"
             )
-        saved = _recipe_of(start.checkpoint, then)
-        refuse_other_recipe(_source_of(start.checkpoint, then), then, saved, recipe)
+        saved = saved_recipe(start.checkpoint, then)
+        refuse_other_recipe(start.checkpoint, then, saved, recipe)
         start.notes += [*about_recipe(saved, recipe, then.step), *about_engine(then, start.state)]
         start.saved, now = saved, start.state
         start.state = replace(
@@ -153,24 +150,6 @@ def _newest(folder: Path, occupied: bool, notes: list[str]) -> Path | None:
     what = "is lost or unreadable" if latest is None else f"names {latest.name}, which is not whole"
     notes.append(f"{folder / 'latest'} {what}: going on from {whole[-1].name}, the newest whole checkpoint")
     return whole[-1]
-
-
-def _recipe_of(checkpoint: Path, state: RunState) -> Recipe:
-    """The recipe that the checkpoint holds, or, of format 1, the one in its run's folder."""
-    source = _source_of(checkpoint, state)
-    if state.recipe:
-        try:
-            return Recipe.model_validate(parse_yaml(state.recipe, source))
-        except ValidationError as error:
-            raise UserError(f"{source}: {first_problem(error, Recipe)}") from None
-    if not Path(source).is_file():
-        raise UserError(f"cannot resume, {source} is gone, and with it what {checkpoint} was trained by: put it back")
-    return load_recipe(source)
-
-
-def _source_of(checkpoint: Path, state: RunState) -> str:
-    """Where the recipe of a checkpoint is, in words."""
-    return f"the recipe in {checkpoint}" if state.recipe else str(checkpoint.parent.parent / "recipe.yaml")
 
 
 def _rows_until(path: Path, start: Start) -> str | None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import typing
 from collections.abc import Iterator
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 
@@ -21,11 +22,15 @@ from convclip.engine.resume_rules import (
     refuse_other_recipe,
 )
 from convclip.engine.stages.schedule import LearningRates
-from convclip.models.checkpoint_weights import RunState
+from convclip.models.checkpoint_weights import RunState, write_state
+from convclip.run import plan_resume
 from convclip.schema import Recipe, Section, UserError
+from launch import train
 
-STATE = RunState(12, 1, 2, 1, "torch.float32", batch_norm="auto")
+STATE = RunState(12, 1, 2, 1, "torch.float32", batch_norm="auto", recipe="name: saved")
 BASE = ("batch.global=8", "epochs=4")
+# The state has the recipe.
+THERE = Path("there")
 FILL = ("features=fill", "features.views=2")
 
 
@@ -72,8 +77,8 @@ def test_every_field_has_one_decision():
     ids=str,
 )
 def test_what_does_not_change_the_result_may_change(then, now):
-    refuse_other_recipe("there", STATE, recipe(*then), recipe(*now))
-    refuse_other_recipe("there", STATE, recipe(*now), recipe(*then))
+    refuse_other_recipe(THERE, STATE, recipe(*then), recipe(*now))
+    refuse_other_recipe(THERE, STATE, recipe(*now), recipe(*then))
 
 
 @pytest.mark.parametrize(
@@ -94,9 +99,13 @@ def test_what_does_not_change_the_result_may_change(then, now):
 )
 def test_what_changes_the_result_is_refused(then, now, words):
     with pytest.raises(UserError) as caught:
-        refuse_other_recipe("there", STATE, recipe(*then), recipe(*now))
+        refuse_other_recipe(THERE, STATE, recipe(*then), recipe(*now))
     line = str(caught.value)
-    assert line.startswith("cannot resume, the recipe differs from there: ") and words in line and "\n" not in line
+    assert (
+        line.startswith("cannot resume, the recipe differs from the recipe in there: ")
+        and words in line
+        and "\n" not in line
+    )
 
 
 def test_the_log_says_what_another_engine_changes():
@@ -124,3 +133,29 @@ def test_another_length_goes_on_as_a_run_of_that_length():
     assert "9 steps in place of 12" in about_length(then, recipe("max_steps=9"), 9, steps_per_epoch)[0]
     with pytest.raises(UserError, match=r"with epochs 2, max_steps not set the run ends at step 6 already"):
         about_length(then, recipe("epochs=2"), 9, steps_per_epoch)
+
+
+def test_the_plan_says_what_a_resumed_run_does(tmp_path, capsys, monkeypatch):
+    monkeypatch.delenv("WORLD_SIZE", raising=False)
+    saved, run = recipe("rows_per_epoch=24"), tmp_path / "run"
+    checkpoint = run / "checkpoints" / "step-00000006"
+    checkpoint.mkdir(parents=True)
+    write_state(checkpoint, replace(STATE, step=6, recipe=saved.to_yaml(), data={"steps per epoch": 3}))
+    (run / "latest").write_text("checkpoints/step-00000006\n")
+
+    given = ["--recipe", "tiny_cliptext_unfreeze", "--plan", "--ds_config", "ds_configs/zero3_bf16.json"]
+    overrides = [word for one in (*BASE, "rows_per_epoch=24", "epochs=6") for word in ("--set", one)]
+    monkeypatch.setattr("sys.argv", ["train.py", *given, *overrides, "--resume", "auto", "--output_dir", str(run)])
+    train.main(train.parse_arguments())
+    out = capsys.readouterr().out
+    assert f"note: goes on from {checkpoint}: 6 steps done, in stage 1" in out
+    assert "note: resumed from 2 ranks of ZeRO 1 in fp32 on 1 rank of ZeRO 3 in bf16: " in out
+    assert "18 steps in place of 12" in out
+    assert "this is a new run" in plan_resume(saved, None, 1, "auto", str(tmp_path / "new"))[0]
+    for now, resume, words in (
+        (saved, "auto", "needs --output_dir"),
+        (recipe("optim.lr=0.5"), str(checkpoint), "the recipe differs from the recipe in"),
+        (saved, str(tmp_path), "is not a convclip checkpoint"),
+    ):
+        with pytest.raises(UserError, match=words):
+            plan_resume(now, None, 1, resume, None)
