@@ -103,7 +103,7 @@ def saved_recipe(checkpoint: Path, state: RunState) -> Recipe:
     return load_recipe(source)
 
 
-def refuse_other_recipe(checkpoint: Path, state: RunState, saved: Recipe, recipe: Recipe) -> None:
+def refuse_changed_recipe(checkpoint: Path, state: RunState, saved: Recipe, recipe: Recipe) -> None:
     """UserError where `recipe` has another value than the `saved` one of `checkpoint` in a field that is not free."""
     then, now = _compared(saved), _compared(recipe)
     free: list[str] = [*FREE, *TOLD]
@@ -180,7 +180,7 @@ def planned_resume(checkpoint: Path, recipe: Recipe, engine: RunState | None) ->
     """
     state = read_state(checkpoint)
     saved = saved_recipe(checkpoint, state)
-    refuse_other_recipe(checkpoint, state, saved, recipe)
+    refuse_changed_recipe(checkpoint, state, saved, recipe)
     lines = [f"goes on from {checkpoint}: {state.step} steps done, in stage {state.stage}"]
     lines += [*about_recipe(saved, recipe, state.step), *(about_engine(state, engine) if engine else [])]
     # A checkpoint of 0.1.0 does not say.

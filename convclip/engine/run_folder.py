@@ -11,7 +11,7 @@ from typing import Any
 
 from convclip.config import UserError
 from convclip.distributed import on_main, world_size
-from convclip.engine.resume_rules import about_engine, about_length, about_recipe, refuse_other_recipe, saved_recipe
+from convclip.engine.resume_rules import about_engine, about_length, about_recipe, refuse_changed_recipe, saved_recipe
 from convclip.engine.zero.checkpoint import remove_old
 from convclip.engine.zero.ds_config import precision, zero_stage
 from convclip.engine.zero.staged_engine import Start
@@ -110,7 +110,7 @@ def _open(folder: Path, recipe: Recipe, ds_config: dict[str, Any], resume: str) 
                 f"--output_dir {folder} holds another run than --resume {start.checkpoint}: name a new folder"
             )
         saved = saved_recipe(start.checkpoint, then)
-        refuse_other_recipe(start.checkpoint, then, saved, recipe)
+        refuse_changed_recipe(start.checkpoint, then, saved, recipe)
         start.notes += [*about_recipe(saved, recipe, then.step), *about_engine(then, start.state)]
         start.saved, now = saved, start.state
         start.state = replace(

@@ -19,7 +19,7 @@ from convclip.engine.resume_rules import (
     about_engine,
     about_length,
     about_recipe,
-    refuse_other_recipe,
+    refuse_changed_recipe,
 )
 from convclip.engine.stages.schedule import LearningRates
 from convclip.models.checkpoint_weights import RunState, write_state
@@ -77,8 +77,8 @@ def test_every_field_has_one_decision():
     ids=str,
 )
 def test_what_does_not_change_the_result_may_change(then, now):
-    refuse_other_recipe(THERE, STATE, recipe(*then), recipe(*now))
-    refuse_other_recipe(THERE, STATE, recipe(*now), recipe(*then))
+    refuse_changed_recipe(THERE, STATE, recipe(*then), recipe(*now))
+    refuse_changed_recipe(THERE, STATE, recipe(*now), recipe(*then))
 
 
 @pytest.mark.parametrize(
@@ -99,7 +99,7 @@ def test_what_does_not_change_the_result_may_change(then, now):
 )
 def test_what_changes_the_result_is_refused(then, now, words):
     with pytest.raises(UserError) as caught:
-        refuse_other_recipe(THERE, STATE, recipe(*then), recipe(*now))
+        refuse_changed_recipe(THERE, STATE, recipe(*then), recipe(*now))
     line = str(caught.value)
     assert (
         line.startswith("cannot resume, the recipe differs from the recipe in there: ")
