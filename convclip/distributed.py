@@ -6,7 +6,7 @@ Shape legend: B rows per rank, W world, R rank, ... any trailing axes. Every fun
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any, TypeAlias, TypeVar, cast
 
 import torch
@@ -86,6 +86,15 @@ def all_reduce_max(x: Tensor, group: Group = None) -> Tensor:
 def all_reduce_mean(x: Tensor, group: Group = None) -> Tensor:
     """Mean of x over the ranks, as a new tensor without gradient (x itself at world 1)."""
     return all_reduce_sum(x, group) / world_size(group)
+
+
+def share_from_main(values: Iterable[Tensor], device: torch.device) -> None:
+    """Overwrite `values` with those of the main rank. They may lie anywhere; `device` is one that the backend sends
+    from."""
+    for value in values if world_size() > 1 else ():
+        sent = value.detach().to(device).contiguous()
+        dist.broadcast(sent, 0)
+        value.detach().copy_(sent)
 
 
 def gather_objects(value: Any, group: Group = None) -> list[Any]:

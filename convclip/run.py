@@ -17,11 +17,14 @@ from convclip.engine.guard import Guard
 from convclip.engine.meters import logger
 from convclip.engine.plan.plan import make_plan
 from convclip.engine.planned_stop import PlannedStop
+from convclip.engine.resume_rules import planned_resume
 from convclip.engine.task import Evaluation, ImageTextTask, Parts, Task
+from convclip.engine.zero.ds_config import precision as precision_of
+from convclip.engine.zero.ds_config import zero_stage
 from convclip.files import write_text, writing
 from convclip.locks import Lock
 from convclip.models.batch_norm import synchronised, to_precision
-from convclip.models.checkpoint_weights import RunState, checkpoint_path, load_from, recipe_of
+from convclip.models.checkpoint_weights import RunState, checkpoint_path, load_from, read_pointer, recipe_of
 from convclip.models.dual_tower import DualTower
 from convclip.models.hf_folder import with_encoder
 from convclip.schema import Recipe, UserError
@@ -42,6 +45,21 @@ def _whole(recipe: Recipe) -> Recipe:
 def plan_recipe(recipe: Recipe, ds_config: Mapping[str, Any] | None = None, world: int = 1) -> dict[str, Any]:
     """What `recipe` will do (see `make_plan`): no data, no weights, no DeepSpeed. Errors: UserError."""
     return make_plan(open_task(recipe), ds_config, world)
+
+
+def plan_resume(
+    recipe: Recipe, ds_config: Mapping[str, Any] | None, world: int, resume: str, folder: str | None
+) -> list[str]:
+    """What the plan says of a run that would go on from `resume` (a checkpoint, or auto: the latest of `folder`)."""
+    if resume == "auto" and folder is None:
+        raise UserError("--plan --resume auto needs --output_dir, the run's folder: add it, or name a checkpoint")
+    checkpoint = read_pointer(Path(folder or ""), "latest") if resume == "auto" else Path(resume).absolute()
+    if checkpoint is None:
+        return [f"--resume auto: {folder} names no latest checkpoint, this is a new run"]
+    engine = None
+    if ds_config is not None:
+        engine = RunState(0, 0, world, zero_stage(ds_config), str(precision_of(ds_config)))
+    return planned_resume(checkpoint, _whole(recipe), engine)
 
 
 @plain_worker_errors()
@@ -118,7 +136,7 @@ def _train(
     parts = task.open(model, device, dtype, store)
     fingerprint = parts.loader.fingerprint()
     refuse_differing(_data_of(parts, model, fingerprint, evaluation))
-    alike(lambda: refuse_other_data(start, fingerprint, resume_other_data))
+    alike(lambda: refuse_other_data(start, recipe, fingerprint, resume_other_data))
     if recipe.batch.sync_batch_norm:
         model = synchronised(model)
     if recipe.activation_checkpointing:

@@ -28,7 +28,9 @@ def parse_arguments() -> argparse.Namespace:
     add_overrides(parser)
     parser.add_argument("--list_recipes", action="store_true", help="print the recipes and stop")
     parser.add_argument("--list_models", action="store_true", help="print the released models and stop")
-    parser.add_argument("--plan", action="store_true", help="print what the recipe will do and stop")
+    parser.add_argument(
+        "--plan", action="store_true", help="print what the recipe (with --resume: the resumed run) will do and stop"
+    )
     parser.add_argument("--json", action="store_true", help="with --plan: as one JSON object")
     parser.add_argument("--plot", metavar="FILE", help="with --plan: draw the learning rates (.png, .pdf or .svg)")
     add_local_rank(parser)
@@ -61,21 +63,24 @@ def print_models() -> None:
         print("  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip())
 
 
-def print_plan(recipe: Recipe, ds_config: str | None, as_json: bool, plot: str | None) -> None:
-    """The plan, on a meta device: no data, no weights, no process group."""
-    config = None
-    if ds_config is not None:
+def print_plan(recipe: Recipe, arguments: argparse.Namespace) -> None:
+    """The plan, on a meta device: no data, no weights, no process group; with --resume what it would go on from."""
+    config, plot = None, arguments.plot
+    if arguments.ds_config is not None:
         from convclip.engine.zero.ds_config import load_ds_config
 
-        config = load_ds_config(ds_config)
+        config = load_ds_config(arguments.ds_config)
     from convclip.engine.plan.plan import check_plot_path, format_plan, plot_plan
     from convclip.engine.zero.ranks import planned_world
-    from convclip.run import plan_recipe
+    from convclip.run import plan_recipe, plan_resume
 
     if plot is not None:
         check_plot_path(Path(plot))
-    plan = plan_recipe(recipe, config, planned_world(os.environ))
-    print(json.dumps(plan) if as_json else format_plan(plan))
+    world = planned_world(os.environ)
+    plan = plan_recipe(recipe, config, world)
+    if arguments.resume != "never":
+        plan["notes"] += plan_resume(recipe, config, world, arguments.resume, arguments.output_dir)
+    print(json.dumps(plan) if arguments.json else format_plan(plan))
     if plot is not None:
         plot_plan(plan, Path(plot))
 
@@ -110,7 +115,7 @@ def main(arguments: argparse.Namespace) -> int | None:
     data = {"data.train": ("--train_data", arguments.train_data), "data.val": ("--val_data", arguments.val_data)}
     recipe = load_recipe(arguments.recipe, with_flags(arguments.overrides, data))
     if arguments.plan:
-        print_plan(recipe, arguments.ds_config, arguments.json, arguments.plot)
+        print_plan(recipe, arguments)
         return None
     return train(recipe, arguments)
 

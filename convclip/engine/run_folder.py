@@ -9,11 +9,9 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from pydantic import ValidationError
-
-from convclip.config import UserError, first_problem, load_recipe
+from convclip.config import UserError
 from convclip.distributed import on_main, world_size
-from convclip.documents import parse_yaml
+from convclip.engine.resume_rules import about_engine, about_length, about_recipe, refuse_changed_recipe, saved_recipe
 from convclip.engine.zero.checkpoint import remove_old
 from convclip.engine.zero.ds_config import precision, zero_stage
 from convclip.engine.zero.staged_engine import Start
@@ -30,26 +28,6 @@ from convclip.models.checkpoint_weights import (
 from convclip.schema import Recipe
 
 LOGS = ("metrics.jsonl", "eval.jsonl")
-# Recipe fields that a resumed run may change: they do not change what is computed.
-FREE_ON_RESUME = (
-    "name",
-    "description",
-    "data.train",
-    "data.val",
-    "model.text.model",
-    "data.workers",
-    "video.annotations",
-    "video.frame_store",
-    "data.cache_folder",
-    "data.allow_pipe",
-    "evaluation",
-    "checkpoint",
-    "stop",
-    "log_every",
-    "max_bad_steps",
-    "optim.ema_decay",
-    "activation_checkpointing",
-)
 
 
 def open_run_folder(folder: Path, recipe: Recipe, ds_config: dict[str, Any], resume: str) -> Start:
@@ -57,8 +35,8 @@ def open_run_folder(folder: Path, recipe: Recipe, ds_config: dict[str, Any], res
 
     `resume` is `never` (a new run; the folder may not hold another), `auto` (go on from `latest`, or the newest whole
     checkpoint where that is lost) or the path of a checkpoint. Nothing in the folder is changed. Errors: UserError
-    when the folder holds a run that this would overwrite, or when the recipe, world size, ZeRO stage or
-    precision differs from what is being resumed.
+    when the folder holds a run that this would overwrite, or when the recipe differs in a field that may not from what
+    is being resumed. Another world size, ZeRO stage or precision is a note.
     """
     return on_main(lambda: _open(folder, recipe, ds_config, resume))
 
@@ -92,9 +70,9 @@ def _take_up(folder: Path, recipe: Recipe, ds_config: dict[str, Any], start: Sta
             write_text(folder / name, text)
 
 
-def refuse_other_data(start: Start, data: dict[str, Any], accepted: bool) -> None:
+def refuse_other_data(start: Start, recipe: Recipe, data: dict[str, Any], accepted: bool) -> None:
     """Take down what the training stream is made from; UserError where it differs from the checkpoint's, unless that
-    is `accepted`."""
+    is `accepted`, and where the run is longer already than its recipe says now."""
     # A checkpoint of 0.1.0 does not say.
     then = start.state.data if start.checkpoint is not None else {}
     different = [f"{key} {then[key]}, now {data.get(key)}" for key in then if then[key] != data.get(key)]
@@ -106,6 +84,8 @@ def refuse_other_data(start: Start, data: dict[str, Any], accepted: bool) -> Non
     if different:
         start.notes.append(f"other training data than before (--resume_other_data): {'; '.join(different)}")
     start.state.data = data
+    if start.saved is not None:
+        start.notes += about_length(start.saved, recipe, start.state.step, data["steps per epoch"])
 
 
 def _open(folder: Path, recipe: Recipe, ds_config: dict[str, Any], resume: str) -> Start:
@@ -129,11 +109,13 @@ def _open(folder: Path, recipe: Recipe, ds_config: dict[str, Any], resume: str) 
             raise UserError(
                 f"--output_dir {folder} holds another run than --resume {start.checkpoint}: name a new folder"
             )
-        saved = _recipe_of(start.checkpoint, then)
-        _refuse_other_recipe(start.checkpoint, then, saved, recipe)
-        start.notes += _about_average(saved.optim.ema_decay, recipe.optim.ema_decay, then.step)
-        _refuse_other_engine(start.checkpoint, then, start.state)
-        start.state = replace(then, format=start.state.format)
+        saved = saved_recipe(start.checkpoint, then)
+        refuse_changed_recipe(start.checkpoint, then, saved, recipe)
+        start.notes += [*about_recipe(saved, recipe, then.step), *about_engine(then, start.state)]
+        start.saved, now = saved, start.state
+        start.state = replace(
+            then, format=now.format, world_size=now.world_size, zero_stage=now.zero_stage, precision=now.precision
+        )
     state = start.state
     if not start.is_own or not state.run:
         state.run = secrets.token_hex(8)
@@ -168,73 +150,6 @@ def _newest(folder: Path, occupied: bool, notes: list[str]) -> Path | None:
     what = "is lost or unreadable" if latest is None else f"names {latest.name}, which is not whole"
     notes.append(f"{folder / 'latest'} {what}: going on from {whole[-1].name}, the newest whole checkpoint")
     return whole[-1]
-
-
-def _refuse_other_engine(checkpoint: Path, then: RunState, now: RunState) -> None:
-    for what, before, present in (
-        ("world size", then.world_size, now.world_size),
-        ("ZeRO stage", then.zero_stage, now.zero_stage),
-        ("precision", then.precision, now.precision),
-    ):
-        if before != present:
-            raise UserError(
-                f"{checkpoint} was made with {what} {before}, this run has {present}: resume needs the same"
-            )
-
-
-def _recipe_of(checkpoint: Path, state: RunState) -> Recipe:
-    """The recipe that the checkpoint holds, or, of format 1, the one in its run's folder."""
-    source = _source_of(checkpoint, state)
-    if state.recipe:
-        try:
-            return Recipe.model_validate(parse_yaml(state.recipe, source))
-        except ValidationError as error:
-            raise UserError(f"{source}: {first_problem(error, Recipe)}") from None
-    if not Path(source).is_file():
-        raise UserError(f"cannot resume, {source} is gone, and with it what {checkpoint} was trained by: put it back")
-    return load_recipe(source)
-
-
-def _source_of(checkpoint: Path, state: RunState) -> str:
-    """Where the recipe of a checkpoint is, in words."""
-    return f"the recipe in {checkpoint}" if state.recipe else str(checkpoint.parent.parent / "recipe.yaml")
-
-
-def _about_average(then: float | None, now: float | None, step: int) -> list[str]:
-    """What a change of optim.ema_decay does to a run that goes on: its weights are the same with any."""
-    if then == now:
-        return []
-    if then is None:
-        return [f"optim.ema_decay is {now:g} from now on: the moving average starts from the weights of step {step}"]
-    if now is None:
-        return [f"optim.ema_decay was {then:g} and is off from now on: later checkpoints have no moving average"]
-    return [f"optim.ema_decay was {then:g}, is {now:g} from step {step} on: the moving average goes on with it"]
-
-
-def _refuse_other_recipe(checkpoint: Path, state: RunState, saved: Recipe, recipe: Recipe) -> None:
-    """Compare with the recipe that the checkpoint was trained by."""
-    then, now = (_flatten(r.model_dump(mode="json", by_alias=True)) for r in (saved, recipe))
-    # A run of before there was one may need it to go on alike: the staged engine says so.
-    free = FREE_ON_RESUME if state.batch_norm else (*FREE_ON_RESUME, "freezing.batch_norm")
-    different = [
-        f"{key} was {then.get(key)}, is {now.get(key)}"
-        for key in sorted(then.keys() | now.keys())
-        if then.get(key) != now.get(key) and not any(key == f or key.startswith(f + ".") for f in free)
-    ]
-    if different:
-        more = f" and {len(different) - 3} more" if len(different) > 3 else ""
-        source = _source_of(checkpoint, state)
-        raise UserError(f"cannot resume, the recipe differs from {source}: {'; '.join(different[:3])}{more}")
-
-
-def _flatten(values: Any, prefix: str = "") -> dict[str, Any]:
-    """Nested sections as `a.b: value`; lists are values."""
-    if not isinstance(values, dict):
-        return {prefix: values}
-    flat: dict[str, Any] = {}
-    for key, value in values.items():
-        flat.update(_flatten(value, f"{prefix}.{key}" if prefix else key))
-    return flat
 
 
 def _rows_until(path: Path, start: Start) -> str | None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +12,16 @@ import torch
 from safetensors.torch import load
 
 TIMES = ("samples_per_s", "data_share", "step_seconds", "memory_gib")
+
+
+def stop_after(run: Path, step: int, stopped: Path) -> None:
+    """A copy of the run as a kill after the save of `step` leaves it, but for rows that came later."""
+    shutil.rmtree(stopped, ignore_errors=True)
+    shutil.copytree(run, stopped)
+    for checkpoint in (stopped / "checkpoints").glob("step-*"):
+        if int(checkpoint.name.removeprefix("step-")) > step:
+            shutil.rmtree(checkpoint)
+    (stopped / "latest").write_text(f"checkpoints/step-{step:08d}\n")
 
 
 def outcome(run: Path) -> dict[str, Any]:

@@ -11,7 +11,7 @@ import pytest
 
 from convclip.devices import PRECISIONS
 from tests.conftest import REPOSITORY
-from tests.engine.outcome import differences, outcome
+from tests.engine.outcome import differences, outcome, stop_after
 from tests.engine.plain_average import figures_of_average, wrong_averages
 from tests.engine.small_engine import allow_fp16_on_cpu
 from tests.engine.small_run import make_files, train_here
@@ -47,16 +47,6 @@ def ds_config(folder: str, stage: int, precision: str) -> str:
     half = {"fp16": FP16} if precision == "fp16" else {"bf16": {"enabled": precision == "bf16"}}
     path.write_text(json.dumps({**config, **half}))
     return str(path)
-
-
-def stop_after(run: Path, step: int, stopped: Path) -> None:
-    """A copy of the run as a kill after the save of `step` leaves it, but for rows that came later."""
-    shutil.rmtree(stopped, ignore_errors=True)
-    shutil.copytree(run, stopped)
-    for checkpoint in (stopped / "checkpoints").glob("step-*"):
-        if int(checkpoint.name.removeprefix("step-")) > step:
-            shutil.rmtree(checkpoint)
-    (stopped / "latest").write_text(f"checkpoints/step-{step:08d}\n")
 
 
 def other_figures(trained: dict, by_itself: dict) -> list[str]:

@@ -303,6 +303,8 @@ def going_on(files: str, folder: str) -> dict[str, Any]:
     """Older checkpoints, other data, lost evaluations, saves that are due, and values that are not finite."""
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
+    from convclip.config import load_recipe
+    from convclip.engine.stages.schedule import LearningRates
     from convclip.engine.trainer import Trainer
 
     run, found = Path(folder, "run"), {}
@@ -319,6 +321,18 @@ def going_on(files: str, folder: str) -> dict[str, Any]:
     board = EventAccumulator(str(run / "tensorboard"))
     board.Reload()
     found["board"] = [event.step for event in board.Scalars("train/loss")]
+    # A finished run, in a copy, with more steps: its lr goes on as that of a run which had them from the start.
+    longer = Path(folder, "longer")
+    shutil.copytree(run, longer)
+    train_here(files, str(longer), 2, (*SMALL, "max_steps=7"), "auto")
+    found["longer"] = rows(longer / "metrics.jsonl"), (longer / "train.log").read_text()
+    recipe = load_recipe(longer / "recipe.yaml")
+    found["lr"] = [LearningRates(recipe, 7, {}).at(step, "any", 1.0) for step in (5, 6)]
+    # The store that the run has filled, by its name.
+    filled = Path(folder, "filled")
+    train_here(files, str(filled), 2, (*SMALL, "features=fill", "max_steps=2"))
+    train_here(files, str(filled), 2, (*SMALL, f"features={filled / 'features.h5'}", "max_steps=3"), "auto")
+    found["filled"] = steps_saved(filled)
     # An evaluation whose row was lost, and one that only now is asked for.
     (run / "eval.jsonl").write_text(json.dumps(evaluations[0]) + "\n")
     train_here(files, str(run), 2, SMALL, "auto")
@@ -341,6 +355,12 @@ def test_a_run_goes_on_from_where_it_is_told(alone):
     assert found["older"] == ("checkpoints/step-00000003\n", [2, 3, 4, 5])
     assert found["steps"] == [(1, None), (2, None), (3, None), (3, "unfreeze"), (4, None), (5, None)]
     assert found["again"] and found["board"] == [1, 2, 3, 4, 5]
+    steps, log = found["longer"]
+    later = [row for row in steps if row["step"] > 5 and "event" not in row]
+    assert [row["step"] for row in steps if "event" not in row] == [1, 2, 3, 4, 5, 6, 7]
+    assert [max(row["lr"].values()) for row in later] == pytest.approx(found["lr"])
+    assert "7 steps in place of 5" in log
+    assert found["filled"] == [2, 3]
     assert found["evaluations"] is True
     assert found["no best"] is False and found["late best"] == (f"{LAST}\n", True)
     # Three steps an epoch, eight steps: whichever is due, and the last.

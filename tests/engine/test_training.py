@@ -17,6 +17,7 @@ import convclip
 from convclip.models.checkpoint_weights import checkpoint_path, read_weights, step_of
 from convclip.schema import UserError
 from tests.conftest import FULL, REPOSITORY
+from tests.engine.outcome import stop_after
 from tests.engine.plain_average import wrong_averages
 from tests.engine.small_run import arguments, make_files, train_alone, train_here, weights_of
 from tests.processes import launch, run, run_launched, run_ranks, run_script
@@ -285,12 +286,33 @@ def test_a_folder_that_holds_another_run_is_kept(launched, files):
     for more, words in [
         ([], ["holds another run", "--resume auto"]),
         (["--resume", "auto", "--set", "optim.lr=2e-3"], ["recipe differs", "optim.lr was 0.001, is 0.002"]),
-        (["--resume", "auto"], ["world size 2, this run has 1"]),
     ]:
         done = train_alone(*arguments(files, output, *more))
         assert done.returncode == 2, done.stdout + done.stderr
         assert all(word in done.stderr for word in words), done.stderr
     assert (output / "metrics.jsonl").read_text() == before
+
+
+def test_a_run_goes_on_with_another_number_of_ranks_and_another_ds_config(launched, files, tmp_path):
+    """Two ranks of ZeRO 2, stopped at the second event, go on as one rank of ZeRO 3, chunked: the same run."""
+    _, output = launched
+    stopped = tmp_path / "run"
+    stop_after(output, 12, stopped)
+    more = ("--resume", "auto", "--set", "batch.micro=2")
+    done = train_alone(*arguments(files, stopped, *more, ds_config="zero3_fp32"))
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "resumed from 2 ranks of ZeRO 2 in fp32 on 1 rank of ZeRO 3 in fp32: order of rows" in done.stdout
+    assert "batch.micro was not set, is 2" in done.stdout
+    found, expected = rows(stopped / "metrics.jsonl"), rows(output / "metrics.jsonl")
+    keys = ("step", "epoch", "event", "lr", "tower")
+    assert [{k: row.get(k) for k in keys} for row in found] == [{k: row.get(k) for k in keys} for row in expected]
+    losses = [[row["loss"] for row in each if "loss" in row] for each in (found, expected)]
+    assert losses[0] == pytest.approx(losses[1], abs=1e-5)
+    state = json.loads((stopped / "checkpoints" / "step-00000024" / "state.json").read_text())
+    assert (state["world_size"], state["zero_stage"]) == (1, 3)
+    ours, theirs = weights_of(stopped), weights_of(output)
+    assert ours.keys() == theirs.keys()
+    assert all(torch.allclose(value, theirs[name], atol=1e-4) for name, value in ours.items())
 
 
 def test_ds_config_that_contradicts_the_recipe_is_refused(files, tmp_path):

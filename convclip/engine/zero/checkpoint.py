@@ -10,20 +10,22 @@ without DeepSpeed; `convclip.models.checkpoint_files` has the checksums.
 from __future__ import annotations
 
 import contextlib
-import json
 import shutil
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+import torch
 from deepspeed import DeepSpeedEngine
 from torch import Tensor, nn
 
 from convclip.config import UserError
 from convclip.devices import RandomState
-from convclip.distributed import alike, gather_objects, is_main, on_main, rank
+from convclip.distributed import alike, gather_objects, is_main, on_main, rank, world_size
 from convclip.engine.meters import Diverged
 from convclip.engine.zero.build import OptimizerSnapshot, restore_snapshot, take_snapshot
+from convclip.engine.zero.elastic import layout_of, lies_alike, read_alike, read_shares
 from convclip.engine.zero.masters import MasterShard, is_replicated, master_shards
 from convclip.files import CannotWrite, publish, remove_folder, write_text, writing
 from convclip.models.checkpoint_files import LOCKED, TensorFile, is_finite, write_tensors
@@ -38,6 +40,9 @@ from convclip.models.checkpoint_weights import (
     step_of,
     write_state,
 )
+
+# How a checkpoint's state names fp16: only there is a loss scale to go on with.
+FP16 = ("fp16", str(torch.float16))
 
 
 def save_locked(model: nn.Module, trainable: set[str], folder: Path, run: str = "") -> str:
@@ -96,18 +101,24 @@ def save_checkpoint(engine: DeepSpeedEngine, folder: Path, state: RunState, aver
     return target
 
 
-def load_checkpoint(engine: DeepSpeedEngine, path: Path, ema: bool = False) -> list[Tensor] | None:
-    """Give `engine` (built for the checkpoint's stage) the optimizer state, counters, buffers and random state.
+def load_checkpoint(engine: DeepSpeedEngine, path: Path, ema: bool = False, seed: int = 0) -> list[Tensor] | None:
+    """Give `engine` (built for the checkpoint's unfreeze stage) the optimizer state, counters, buffers, random state.
 
-    With `ema`, the moving averages of this rank's shards; None where the checkpoint has none.
-    Errors: UserError on every rank, of a file that is missing, damaged, or of another step, run or model.
+    The checkpoint may be of another number of ranks, ZeRO stage or precision. Of another number of ranks, each rank's
+    generators start from (`seed`, rank, step). With `ema`, the moving averages of this rank's shards; None where the
+    checkpoint has none. Errors: UserError on every rank, of a file that is missing, damaged, or of another step, run or
+    model.
     """
     snapshot, buffers, random, averages = alike(lambda: _read_rank(engine, path, ema))
     restore_snapshot(engine, snapshot)
     own = _buffers(engine.module)
     for name, value in buffers.items():
         own[name].data.copy_(value)
-    random.restore()
+    if random is not None:
+        random.restore()
+    else:
+        start = np.random.SeedSequence((seed, rank(), read_state(path).step)).generate_state(1, np.uint64)
+        torch.manual_seed(int(start[0]))
     return averages
 
 
@@ -174,37 +185,49 @@ def refuse_not_finite(engine: DeepSpeedEngine, step: int, averages: Sequence[Ten
 
 def _read_rank(
     engine: DeepSpeedEngine, path: Path, ema: bool
-) -> tuple[OptimizerSnapshot, dict[str, Tensor], RandomState, list[Tensor] | None]:
-    """What this rank's files of a checkpoint hold: optimizer, buffers by name, random state, moving averages."""
+) -> tuple[OptimizerSnapshot, dict[str, Tensor], RandomState | None, list[Tensor] | None]:
+    """What a checkpoint holds for this rank: optimizer, buffers by name, random state, moving averages.
+
+    Random state is None where another number of ranks saved; buffers are rank 0's then.
+    """
     state, shards = read_state(path), master_shards(engine)
-    own = TensorFile(path / rank_file(rank()), state.origin(rank()))
-    file = TensorFile(path / rank_file(0), state.origin(0)) if is_replicated(engine) else own
+    same_world = state.world_size == world_size()
+    number = rank() if same_world else 0
+    own = TensorFile(path / rank_file(number), state.origin(number))
+    file = TensorFile(path / rank_file(0), state.origin(0)) if state.zero_stage == 0 else own
     try:
-        layout = file.layout
-        expected = [_layout(shard.pieces) for shard in shards]
-        if layout["shards"] != json.loads(json.dumps(expected)):
+        trained = {name for name, parameter in engine.module.named_parameters() if parameter.requires_grad}
+        if file.layout["shapes"].keys() != trained:
             raise UserError(f"{file.path}: its parameter groups are not those of this model and recipe")
-        masters = [file.get(f"{index}/master") for index in range(len(shards))]
-        has_average = ema and f"0/{EMA}" in file.keys
-        averages = [file.get(f"{index}/{EMA}") for index in range(len(shards))] if has_average else None
-        # A checkpoint of 0.1.0 has no "state_values": all of its state was tensors.
-        values = layout.get("state_values", [{}] * len(shards))
-        states = [
-            {**values[index], **{key: file.get(f"{index}/{key}") for key in layout["state_keys"][index]}}
-            for index in range(len(shards))
-        ]
-        snapshot = OptimizerSnapshot(masters, states, dict(layout["scaler"]), dict(layout["counters"]))
+        # In stage 0 every rank has all of it.
+        same_stage = state.zero_stage == engine.zero_optimization_stage() and (same_world or state.zero_stage == 0)
+        if same_stage and lies_alike(file, shards):
+            shares = read_alike(file, len(shards), ema)
+        else:
+            shares = read_shares(path, state, shards, ema)
+        scaler, counters = dict(file.layout["scaler"]), dict(file.layout["counters"])
     except (KeyError, TypeError, IndexError, AttributeError) as error:
         raise file.wrong_layout(error) from None
-    known = _buffers(engine.module)
-    keys = {key.removeprefix("buffer/"): key for key in own.keys if key.startswith("buffer/")}
+    if state.precision not in FP16 or not engine.fp16_enabled():
+        scaler = {}
+    snapshot = OptimizerSnapshot(shares.masters, shares.states, scaler, counters)
+    buffers = _read_buffers(engine.module, own)
+    if not same_world:
+        return snapshot, buffers, None, shares.averages
+    device = own.get("random/device") if "random/device" in own.keys else None
+    return snapshot, buffers, RandomState(own.get("random/cpu"), device), shares.averages
+
+
+def _read_buffers(model: nn.Module, file: TensorFile) -> dict[str, Tensor]:
+    """Buffers by name; UserError where one is not the model's."""
+    known = _buffers(model)
+    keys = {key.removeprefix("buffer/"): key for key in file.keys if key.startswith("buffer/")}
     wrong = [name for name in keys if name not in known]
-    buffers = {name: own.get(key) for name, key in keys.items() if name in known}
+    buffers = {name: file.get(key) for name, key in keys.items() if name in known}
     wrong += [name for name, value in buffers.items() if value.shape != known[name].shape]
     if wrong:
-        raise UserError(f"{own.path}: its buffer {wrong[0]} is not one of this model")
-    device = own.get("random/device") if "random/device" in own.keys else None
-    return snapshot, buffers, RandomState(own.get("random/cpu"), device), averages
+        raise UserError(f"{file.path}: its buffer {wrong[0]} is not one of this model")
+    return buffers
 
 
 def _save_rank(engine: DeepSpeedEngine, path: Path, run: RunState, averages: Sequence[Tensor]) -> None:
@@ -221,7 +244,7 @@ def _save_rank(engine: DeepSpeedEngine, path: Path, run: RunState, averages: Seq
             tensors.update({f"{index}/{key}": value.detach().cpu().contiguous() for key, value in values.items()})
         tensors.update({f"{index}/{EMA}": value.detach().cpu() for index, value in enumerate(averages)})
     layout = {
-        "shards": [_layout(shard.pieces) for shard in shards],
+        "shards": [layout_of(shard.pieces) for shard in shards],
         "state_keys": [_tensor_keys(state) for state in snapshot.states],
         "state_values": [{k: v for k, v in state.items() if not isinstance(v, Tensor)} for state in snapshot.states],
         "shapes": {
@@ -244,7 +267,3 @@ def _buffers(model: nn.Module) -> dict[str, Tensor]:
 def _tensor_keys(state: Mapping[str, Any]) -> list[str]:
     """Names of the tensors of an optimizer's state; the rest of it are plain values, which go into the layout."""
     return sorted(key for key, value in state.items() if isinstance(value, Tensor))
-
-
-def _layout(pieces: Iterable[Any]) -> list[list[Any]]:
-    return [[piece.parameter, piece.start, piece.offset, piece.length] for piece in pieces]

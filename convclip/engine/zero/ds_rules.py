@@ -70,7 +70,7 @@ REFUSED = {
     "use_data_before_expert_parallelism": ANOTHER_MODEL,
     "hybrid_engine": "it is for training with generated text",
     "autotuning": "the recipe and --plan say what fits",
-    "elasticity": "a run keeps its world size and batch",
+    "elasticity": "the recipe's batch.global owns the batch, and --resume takes any number of ranks",
     "checkpoint": OWN_CHECKPOINTS,
     "nebula": OWN_CHECKPOINTS,
     "datastates_ckpt": OWN_CHECKPOINTS,

@@ -11,8 +11,8 @@ from typing import Any
 import torch
 from deepspeed import DeepSpeedEngine
 
-from convclip.devices import RandomState
-from convclip.distributed import alike, on_main, rank, world_size
+from convclip.devices import RandomState, current_device
+from convclip.distributed import on_main, rank, share_from_main, world_size
 from convclip.engine.planned_stop import PlannedStop
 from convclip.engine.stages.groups import Stage, event_starts, training_stages
 from convclip.engine.stages.norms import norms_kept
@@ -39,8 +39,9 @@ from convclip.schema import Recipe, UserError
 @dataclass
 class Start:
     """Where a run begins: the state it has there, the checkpoint that this is from (None for a new run), whether
-    that `is_own`, in the run's folder, what the log should say of how it was found, and the main rank's `lock` of the
-    folder. A run that `keeps_weights` not writes figures alone. `stop` says where it ends early."""
+    that `is_own`, in the run's folder, what the log should say of how it was found, the main rank's `lock` of the
+    folder, where it may `stop` early, and the recipe that the checkpoint was `saved` with. A run that `keeps_weights`
+    not writes figures alone."""
 
     state: RunState
     checkpoint: Path | None = None
@@ -49,6 +50,7 @@ class Start:
     lock: Lock | None = None
     keeps_weights: bool = True
     stop: PlannedStop = field(default_factory=PlannedStop)
+    saved: Recipe | None = None
 
 
 class StagedEngine:
@@ -98,7 +100,9 @@ class StagedEngine:
         self._lock = begin.lock
         self._keeps_weights = begin.keeps_weights
         if checkpoint is not None:
-            alike(lambda: load_weights(self._model, checkpoint))
+            # One rank reads all weights, and sends them to the others: what trains they read by pieces in `start`.
+            on_main(lambda: load_weights(self._model, checkpoint))
+            share_from_main(self._model.state_dict().values(), current_device())
         # What is locked is written by a run that begins in its folder: one of an earlier run there is not this one's.
         if not begin.is_own and self._keeps_weights:
             state.locked = save_locked(self._model, self.stages[0].trainable, self.folder / "checkpoints", state.run)
@@ -127,7 +131,8 @@ class StagedEngine:
         self._unopened = {n: value for n, value in self._unopened.items() if n not in self.trainable}
         torch.manual_seed(self.recipe.seed + rank())
         if checkpoint is not None:
-            self.average.begin(self._shards, load_checkpoint(self.engine, checkpoint, self.average.decay is not None))
+            has_average, seed = self.average.decay is not None, self.recipe.seed
+            self.average.begin(self._shards, load_checkpoint(self.engine, checkpoint, has_average, seed))
 
     def _refuse_other_norms(self, begin: Start) -> None:
         """A run of before `freezing.batch_norm` took each batch's statistics in what opened, and goes on so."""
